@@ -1,0 +1,1 @@
+"""How a layer changes: one method per file."""

@@ -1,0 +1,86 @@
+"""What every low-rank change shares: W' = W + s B A, without building B A where that is not needed."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tunesmith.core.adapter import Adapter, Below
+from tunesmith.core.layer import LayerSpec
+
+
+class LowRank(Adapter):
+    """W' = W + s B A on the layer's matrix view.
+
+    The matrix view of a weight is (out, in): a convolution's kernel is flattened into its inputs, and an embedding's
+    table is transposed, so that A has a column per row of the table (peft's convention).
+
+    Args:
+        layer: The layer.
+        rank: r; A is (r, in) drawn as `nn.Linear` draws its weight (Kaiming uniform, a = sqrt 5), B is (out, r) zero.
+        dropout: On the input of A while training. Not defined for an embedding.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
+
+    def __init__(self, layer: LayerSpec, rank: int, dropout: float = 0.0) -> None:
+        super().__init__(layer)
+        out_features, in_features = matrix_shape(layer)
+        self.A = nn.Parameter(torch.empty(rank, in_features, device=layer.device))
+        self.B = nn.Parameter(torch.zeros(out_features, rank, device=layer.device))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.dropout = nn.Dropout(dropout) if dropout else None
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """(B, A, s): (out, r'), (r', in) and the scalar in front. Override this to change the method."""
+        return self.B, self.A, 1.0
+
+    def delta(self) -> Tensor:
+        """s B A in the canonical shape of the weight."""
+        B, A, scale = self.factors()
+        return from_matrix(scale * (B @ A), self.layer)
+
+    def weight(self, W: Tensor) -> Tensor:
+        return W + self.delta().to(W.dtype)
+
+    def forward(self, x: Tensor, below: Below) -> Tensor:
+        if self.layer.kind == "conv" and self.layer.groups > 1:
+            return super().forward(x, below)
+        B, A, scale = self.factors()
+        if self.layer.kind == "embedding":
+            return below(x) + scale * F.linear(F.embedding(x, A.T), B)
+        out = below(x)
+        x = x.to(A.dtype)
+        if self.dropout is not None:
+            x = self.dropout(x)
+        if self.layer.kind == "linear":
+            return out + (scale * F.linear(F.linear(x, A), B)).to(out.dtype)
+        kernel = self.layer.shape[2:]
+        hidden = below.apply(x, A.view(A.shape[0], -1, *kernel), None)
+        mixed = torch.einsum("or,br...->bo...", B.to(hidden.dtype), hidden)
+        return out + (scale * mixed).to(out.dtype)
+
+    def to_lora(self) -> tuple[Tensor, Tensor]:
+        B, A, scale = self.factors()
+        return (scale * B).detach(), A.detach()
+
+
+def matrix_shape(layer: LayerSpec) -> tuple[int, int]:
+    """(out, in) of the matrix view."""
+    if layer.kind == "embedding":
+        return layer.shape[1], layer.shape[0]
+    return layer.shape[0], math.prod(layer.shape[1:])
+
+
+def to_matrix(W: Tensor, layer: LayerSpec) -> Tensor:
+    """The matrix view of a canonical weight."""
+    return W.T if layer.kind == "embedding" else W.reshape(W.shape[0], -1)
+
+
+def from_matrix(M: Tensor, layer: LayerSpec) -> Tensor:
+    """A canonical weight from its matrix view."""
+    return M.T if layer.kind == "embedding" else M.view(layer.shape)

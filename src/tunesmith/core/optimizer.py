@@ -1,0 +1,55 @@
+"""The optimizer contract: `torch.optim.Optimizer`, and two things that a Trainer must know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_pt_utils import get_parameter_names
+
+Closure = Callable[[], Tensor]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """An optimizer of ours. Options are keyword-only parameters of `__init__(self, params, *, ...)`.
+
+    State lives in `self.state` as tensors and numbers, so that `state_dict` holds all of it.
+
+    Attributes:
+        forward_only: Needs no backward pass: `estimate(closure)` measures the loss as often as the method wants, and
+            `step()` applies what it found.
+    """
+
+    forward_only: ClassVar[bool] = False
+
+    @classmethod
+    def groups(cls, model: nn.Module, *, weight_decay: float = 0.0, **options: Any) -> list[dict[str, Any]]:
+        """Parameter groups for a model: what trains, with decay on what is neither bias nor normalisation.
+
+        Override it where a method treats some weights differently; `options` are the method's own.
+        """
+        return decay_groups(model.named_parameters(), model, weight_decay)
+
+    def estimate(self, closure: Closure) -> Tensor:
+        """For a forward-only method: run the closure as often as needed, remember the outcome, return the loss.
+
+        Args:
+            closure: Returns the loss of the whole optimizer step's batch, (); it must be the same function every time.
+        """
+        raise TypeError(f"{type(self).__name__} is not a forward-only optimizer")
+
+
+def decay_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], model: nn.Module, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Two groups, with and without weight decay, by the rule of transformers' Trainer."""
+    patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    decaying = set(get_parameter_names(model, [nn.LayerNorm], patterns))
+    trained = [(name, p) for name, p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if name in decaying], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if name not in decaying], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,245 @@
+"""What a part is, how it declares itself, and how its options are checked.
+
+A part is one published system: a class or function, alone in the file named by its slug, in the room of what it
+changes. It declares itself with `@part(...)`, whose keywords are literals so that the catalogue can read them from
+the source without importing torch. Its options are its keyword-only parameters, with their annotations and
+defaults; nothing else has to be written down.
+
+    @part(paper="arXiv:2210.08823", tags=("mergeable",), refuses={"fsdp": "..."})
+    class SSF(Adapter):
+        \"\"\"Scale and shift every operation's output. ...\"\"\"
+
+        def __init__(self, layer, *, std: PositiveFloat = 0.02): ...
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+from tunesmith.errors import RecipeError, did_you_mean
+
+T = TypeVar("T")
+
+ROOMS = {
+    "adapters": "how a layer changes",
+    "prompts": "learned context",
+    "schedules": "what trains when",
+    "optimizers": "how parameters move",
+    "objectives": "what is minimised",
+    "data": "what is learned from",
+    "merging": "checkpoints to checkpoint",
+    "compression": "smaller weights",
+    "decoding": "next-token distributions",
+    "inference": "faster forward passes",
+    "analysis": "what happened inside",
+    "recipes": "domain pipelines",
+    "systems": "long-running things",
+}
+"""The rooms of the house, in the order in which a run meets them."""
+
+TAGS = {
+    "mergeable": "folds into the base weights with equal outputs",
+    "low-rank": "its change exports as a plain LoRA",
+    "forward-only": "needs no backward pass",
+    "own-tuner": "is injected by a PEFT tuner of its own and so stands alone on a model",
+    "prepends": "adds virtual tokens to the sequence",
+    "needs-statistics": "is initialised from gradients or activations of a few batches",
+    "regulariser": "adds a term to the objective instead of replacing it",
+    "baseline": "what the others are compared with",
+}
+"""What a part may say of itself; `refuses` may name a slug, a room, one of these, or a tag of the run's settings."""
+
+SETTING_TAGS = {
+    "ddp": "more than one process with replicated weights",
+    "fsdp": "sharded weights",
+    "gradient-accumulation": "more than one micro-batch per optimizer step",
+    "gradient-clipping": "a bound on the gradient's norm",
+    "gradient-checkpointing": "activations recomputed in the backward pass",
+    "padding-free": "rows of a batch laid end to end instead of padded",
+    "quantized-base": "base weights in 4 or 8 bits",
+    "full-finetuning": "the base weights themselves train",
+    "encoder-decoder": "a sequence-to-sequence model",
+}
+
+
+def part(
+    *,
+    paper: str,
+    tags: tuple[str, ...] = (),
+    refuses: Mapping[str, str] | None = None,
+    extras: tuple[str, ...] = (),
+) -> Callable[[T], T]:
+    """Declare the class or function below as a part of the room whose folder holds its file.
+
+    Args:
+        paper: Where it was published, such as `"arXiv:2210.08823"`; `""` for a baseline of the field.
+        tags: Words of `TAGS` that hold whatever the options.
+        refuses: What it cannot run with (a slug, a room, a tag, a tag of the settings), each with the reason. A
+            refusal that depends on the options is given by a static method `refusals(options) -> dict[str, str]`.
+        extras: Optional dependency groups of the package that it needs.
+
+    All four must be literals: the catalogue reads them from the source.
+    """
+
+    def mark(target: T) -> T:
+        target.__tunesmith_part__ = True
+        return target
+
+    return mark
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a part: a keyword-only parameter of its class or function."""
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str = ""
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    @property
+    def type_name(self) -> str:
+        """The annotation as a reader would write it."""
+        if typing.get_origin(self.annotation) is typing.Annotated:
+            base, *constraints = typing.get_args(self.annotation)
+            bounds = [str(c) for c in constraints]
+            return f"{_type_name(base)} ({', '.join(bounds)})"
+        return _type_name(self.annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and not typing.get_args(annotation):
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A catalogue entry. Everything but `target` and `options` is known without importing the part."""
+
+    slug: str
+    room: str
+    module: str
+    name: str
+    doc: str
+    paper: str = ""
+    tags: tuple[str, ...] = ()
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    extras: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The first line of the file's docstring."""
+        return self.doc.strip().split("\n", 1)[0].rstrip(".")
+
+    @cached_property
+    def target(self) -> Any:
+        """The class or function itself; importing it may import torch."""
+        return getattr(importlib.import_module(self.module), self.name)
+
+    @cached_property
+    def options(self) -> dict[str, Option]:
+        """The options by name, in the order of the signature."""
+        callable_ = self.target.__init__ if inspect.isclass(self.target) else self.target
+        hints = typing.get_type_hints(callable_, include_extras=True)
+        help_ = argument_help(inspect.getdoc(self.target) or "")
+        return {
+            p.name: Option(p.name, hints.get(p.name, Any), p.default, help_.get(p.name, ""))
+            for p in inspect.signature(callable_).parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+
+    def validate(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The given options with their types coerced and checked, defaults filled in.
+
+        Raises:
+            RecipeError: an option does not exist, is missing, or has a value that its annotation does not allow.
+        """
+        import pydantic
+
+        for key in given:
+            if key not in self.options:
+                known = ", ".join(self.options) or "none"
+                raise RecipeError(
+                    f"{self.slug} has no option {key!r}.{did_you_mean(key, self.options)} Its options: {known}."
+                )
+        fields: dict[str, Any] = {
+            o.name: (o.annotation, ... if o.required else o.default) for o in self.options.values()
+        }
+        # Options may be called anything a paper calls them, also what pydantic would keep for itself.
+        config = pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+        model = pydantic.create_model(f"{self.slug} options", __config__=config, **fields)
+        try:
+            checked = model(**given)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(x) for x in first["loc"])
+            found = "" if first["type"] == "missing" else f", found {first['input']!r}"
+            raise RecipeError(f"{self.slug}: option {where!r}: {first['msg']}{found}.") from None
+        return {name: getattr(checked, name) for name in self.options}
+
+    def refusals(self, options: Mapping[str, Any]) -> dict[str, str]:
+        """What this part cannot run with, and why, for these options."""
+        dynamic = getattr(self.target, "refusals", None)
+        return {**self.refuses, **(dynamic(options) if dynamic else {})}
+
+
+def argument_help(doc: str) -> dict[str, str]:
+    """`{name: text}` of the `Args:` section of a docstring (cleaned by `inspect.getdoc`)."""
+    _, _, section = doc.partition("Args:\n")
+    found: dict[str, str] = {}
+    name, indent = None, None
+    for line in section.splitlines():
+        if not line.strip():
+            continue
+        depth = len(line) - len(line.lstrip())
+        if depth == 0:
+            break
+        indent = indent or depth
+        if depth == indent and (match := re.match(r"\s+(\w+)(?: \([^)]*\))?: (.*)", line)):
+            name = match[1]
+            found[name] = match[2].strip()
+        elif name:
+            found[name] += " " + line.strip()
+    return found
+
+
+@dataclass(frozen=True)
+class Use:
+    """A part with its checked options: what a recipe asks for."""
+
+    part: Part
+    options: Mapping[str, Any]
+
+
+def check_combination(uses: list[Use], settings: Mapping[str, str]) -> None:
+    """Refuse what cannot run together, before anything is loaded.
+
+    Args:
+        uses: Every part of the run.
+        settings: Tags of the run's settings (keys of `SETTING_TAGS`) with the words to show for each, such as
+            `{"gradient-accumulation": "train.gradient_accumulation is 4"}`.
+
+    Raises:
+        RecipeError: names both sides and the reason.
+    """
+    for use in uses:
+        for key, reason in use.part.refusals(use.options).items():
+            if key in settings:
+                raise RecipeError(f"{use.part.slug} cannot run here ({settings[key]}): {reason}.")
+            for other in uses:
+                if other is use:
+                    continue
+                if key in (other.part.slug, other.part.room) or key in other.part.tags:
+                    raise RecipeError(f"{use.part.slug} cannot be combined with {other.part.slug}: {reason}.")

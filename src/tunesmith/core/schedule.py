@@ -1,0 +1,95 @@
+"""The schedule contract: which parameters train at a step.
+
+A schedule is a transformers `TrainerCallback`; in a loop of one's own, call `attach(model, optimizer)` once and
+`begin_step(step)` before each optimizer step. What it leaves out gets no gradient, does not change, and holds no
+optimizer state; a parameter that comes back starts with fresh state, its step counter included. The optimizer must
+have been built over everything that may ever train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tunesmith.errors import TunesmithError
+
+
+class Schedule(TrainerCallback):
+    """Chooses what trains. Options are keyword-only parameters of `__init__`.
+
+    `active(step)` should depend on the step and the options alone (draw with `core.seeds`): a resumed run then needs
+    no state, and processes agree.
+    """
+
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.eligible: dict[str, nn.Parameter] = {}
+
+    def active(self, step: int) -> Collection[str] | None:
+        """Names of the eligible parameters that train at optimizer step `step` (from 0); None for no change."""
+        raise TypeError(f"{type(self).__name__} does not define active")
+
+    def on_attach(self) -> None:
+        """Called when `model` and `eligible` are known, before the first step: look up what the method needs."""
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Begin to govern everything in `model` that requires a gradient now.
+
+        Raises:
+            TunesmithError: the optimizer does not hold all of it, so what is chosen later would never be updated.
+        """
+        self.model, self.optimizer = model, getattr(optimizer, "optimizer", optimizer)
+        self.eligible = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in self.eligible.items() if id(p) not in held]
+        if missing:
+            raise TunesmithError(
+                f"{type(self).__name__}: the optimizer holds {len(held)} parameters, but not {missing[0]!r} and "
+                f"{len(missing) - 1} others that the schedule may choose later; build it over all of them first"
+            )
+        self.on_attach()
+
+    def begin_step(self, step: int) -> None:
+        """Set what trains in optimizer step `step`; call it before the step's first micro-batch."""
+        chosen = self.active(step)
+        if chosen is None:
+            return
+        unknown = set(chosen) - self.eligible.keys()
+        if unknown:
+            raise TunesmithError(f"{type(self).__name__} chose {sorted(unknown)[:3]}, which do not train in this model")
+        chosen = set(chosen)
+        assert self.optimizer is not None
+        for name, p in self.eligible.items():
+            if name in chosen:
+                p.requires_grad_(True)
+            elif p.requires_grad or p.grad is not None or p in self.optimizer.state:
+                p.requires_grad_(False)
+                p.grad = None
+                self.optimizer.state.pop(p, None)
+
+    def detach(self) -> None:
+        """Let everything train again."""
+        for p in self.eligible.values():
+            p.requires_grad_(True)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any,
+        **_: Any,
+    ) -> None:
+        self.attach(model, optimizer)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.begin_step(state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.detach()

@@ -1,0 +1,211 @@
+"""Statistics of layers over a few batches, streamed: each layer keeps its running sums, never a batch's activations.
+
+    found = collect(model, ["model.layers.0.mlp.up_proj"], batches, want=("gradient",))
+    found["model.layers.0.mlp.up_proj"]["gradient"]        # (out, in), float32
+
+Padding is left out of every activation statistic through the batch's attention mask. Memory beyond the model is one
+float32 tensor per layer and statistic; `layers_per_pass` bounds it further by reading the batches several times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tunesmith.core.layer import LayerSpec, describe
+from tunesmith.errors import ModelError, TunesmithError
+
+STATISTICS = {
+    "gradient": "mean gradient of the loss with respect to the canonical weight, in the weight's shape",
+    "input_mean": "mean of each input feature over tokens, (in,)",
+    "input_variance": "population variance of each input feature over tokens, (in,)",
+    "input_square": "sum of squares of each input feature over tokens, (in,)",
+    "tokens": "number of tokens (or pixels) seen, ()",
+}
+_OF_INPUTS = frozenset(STATISTICS) - {"gradient"}
+
+Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss that a transformers model returns for a batch with labels."""
+    return model(**batch).loss
+
+
+def collect(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    want: Sequence[str],
+    loss: Loss = model_loss,
+    layers_per_pass: int | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """One pass (or a few) over `batches` in evaluation mode, so that dropout does not enter.
+
+    Args:
+        model: Any model; left as it was, requires_grad flags and training mode included.
+        names: Dotted paths of the layers.
+        batches: Keyword arguments of the model, each a batch; more than one row and padding are handled.
+        want: Names from `STATISTICS`.
+        loss: `(model, batch) -> scalar`, for the gradient.
+        layers_per_pass: Bound on the layers whose sums are held at a time.
+
+    Returns:
+        `{layer: {statistic: float32 tensor on the layer's device}}`.
+
+    Raises:
+        TunesmithError: an unknown statistic, or no batches.
+        ModelError: a layer got no gradient or saw no input.
+    """
+    if unknown := set(want) - set(STATISTICS):
+        raise TunesmithError(f"unknown statistics {sorted(unknown)}; known: {', '.join(STATISTICS)}")
+    if not batches:
+        raise TunesmithError("statistics need at least one batch; none was given")
+    found: dict[str, dict[str, Tensor]] = {}
+    size = layers_per_pass or max(len(names), 1)
+    for start in range(0, len(names), size):
+        group = names[start : start + size]
+        found.update(_one_pass(model, group, batches, set(want), loss))
+    return found
+
+
+def _one_pass(
+    model: nn.Module, names: Sequence[str], batches: Iterable[Mapping[str, Any]], want: set[str], loss: Loss
+) -> dict[str, dict[str, Tensor]]:
+    modules = {name: model.get_submodule(name) for name in names}
+    specs = {name: describe(module, name) for name, module in modules.items()}
+    sums: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    gradients, inputs = "gradient" in want, bool(want & _OF_INPUTS)
+    count = 0
+    with ExitStack() as exits:
+        exits.enter_context(_evaluating(model))
+        if gradients:
+            exits.enter_context(_frozen_but(model, [m for m in modules.values()]))
+        mask_holder: dict[str, Tensor | None] = {"mask": None}
+        for name, module in modules.items():
+            if inputs:
+                handle = module.register_forward_pre_hook(_input_sums(sums[name], mask_holder))
+                exits.callback(handle.remove)
+            if gradients:
+                for handle in _gradient_sums(module, specs[name], sums[name]):
+                    exits.callback(handle.remove)
+        with torch.set_grad_enabled(gradients):
+            for batch in batches:
+                mask_holder["mask"] = batch.get("attention_mask")
+                if gradients:
+                    loss(model, batch).backward()
+                else:
+                    model(**batch)
+                count += 1
+    return {name: _finish(name, sums[name], want, count) for name in names}
+
+
+def _input_sums(sums: dict[str, Tensor], holder: Mapping[str, Tensor | None]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach()
+        mask = holder["mask"]
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            x = x.movedim(1, -1)
+        elif mask is not None and mask.shape == x.shape[:2]:
+            x = x[mask.bool()]
+        x = x.reshape(-1, x.shape[-1]).double()
+        # Welford's pooled update: the variance of features with a large mean keeps its digits.
+        n, seen = x.shape[0], sums.get("tokens", torch.zeros((), dtype=torch.float64, device=x.device))
+        if n == 0:
+            return
+        mean, total = x.mean(0), seen + n
+        spread = ((x - mean) ** 2).sum(0)
+        if "mean" in sums:
+            delta = mean - sums["mean"]
+            spread = spread + sums["spread"] + delta**2 * (seen * n / total)
+            mean = sums["mean"] + delta * (n / total)
+        sums["mean"], sums["spread"], sums["tokens"] = mean, spread, total
+        sums["square"] = sums.get("square", 0) + (x**2).sum(0)
+
+    return hook
+
+
+def _gradient_sums(module: nn.Module, spec: LayerSpec, sums: dict[str, Tensor]) -> list[Any]:
+    def add(gradient: Tensor) -> None:
+        sums["gradient"] = sums["gradient"] + gradient.float() if "gradient" in sums else gradient.float().clone()
+
+    if not spec.quantized:
+        weight: nn.Parameter = module.weight  # type: ignore[assignment]
+
+        def on_weight(p: Tensor) -> None:
+            assert p.grad is not None
+            add(p.grad.T if isinstance(module, Conv1D) else p.grad)
+            p.grad = None
+
+        return [weight.register_post_accumulate_grad_hook(on_weight)]
+
+    # Codes have no gradient; that of the weight they stand for is grad_output^T input.
+    held: list[Tensor] = []
+
+    def forward(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        held.append(args[0].detach())
+        out.register_hook(lambda g: add(g.reshape(-1, g.shape[-1]).T.float() @ _rows(held.pop())))
+
+    return [module.register_forward_hook(forward)]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def _finish(name: str, sums: dict[str, Tensor], want: set[str], count: int) -> dict[str, Tensor]:
+    if "gradient" in want and "gradient" not in sums:
+        raise ModelError(f"the layer {name!r} got no gradient: the loss of the given batches does not depend on it")
+    if want & _OF_INPUTS and "tokens" not in sums:
+        raise ModelError(
+            f"the layer {name!r} saw no tokens: every position of the given batches is padding, or it never ran"
+        )
+    made = {
+        "gradient": lambda: sums["gradient"] / count,
+        "input_mean": lambda: sums["mean"].float(),
+        "input_variance": lambda: (sums["spread"] / sums["tokens"]).float(),
+        "input_square": lambda: sums["square"].float(),
+        "tokens": lambda: sums["tokens"].float(),
+    }
+    return {statistic: made[statistic]() for statistic in want}
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    was = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was.items():
+            module.training = training
+
+
+@contextmanager
+def _frozen_but(model: nn.Module, modules: Sequence[nn.Module]):
+    """Only the weights of `modules` get gradients; the graph still reaches them when the weights are codes."""
+    was = {p: p.requires_grad for p in model.parameters()}
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    handle = None
+    try:
+        for p in was:
+            p.requires_grad_(False)
+        for module in modules:
+            weight: nn.Parameter = module.weight  # type: ignore[assignment]
+            if weight.is_floating_point() and type(weight) is nn.Parameter:
+                weight.requires_grad_(True)
+            elif embedding is not None and handle is None:
+                handle = embedding.register_forward_hook(lambda m, a, out: out.requires_grad_(True))
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+        for p, required in was.items():
+            if p.is_floating_point():
+                p.requires_grad_(required)

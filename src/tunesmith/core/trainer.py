@@ -1,0 +1,170 @@
+"""What our parts need from a Trainer, as a mixin for transformers' and TRL's.
+
+    class MyTrainer(tunesmith.TrainerMixin, trl.SFTTrainer): ...
+    MyTrainer(model=model, objective=IntuitiveFineTuning(), optimizers=(MeZO(groups), None), ...)
+
+It adds, through methods that the Trainer means to be overridden: an objective with the right divisor under gradient
+accumulation and several processes, regularisers, forward-only optimizers, an evaluation loss that is exact over
+tokens, and checkpoints that appear under their name only when they are complete.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from tunesmith.core.files import STAGING_PREFIX, replace_folder
+from tunesmith.core.objective import Objective
+from tunesmith.errors import TunesmithError
+
+
+class TrainerMixin:
+    """Put before a Trainer class in a class statement.
+
+    Args:
+        objective: What is minimised; None leaves the loss to the Trainer and the model.
+        regularisers: Objectives whose losses are added, each with its weight.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        objective: Objective | None = None,
+        regularisers: Sequence[tuple[Objective, float]] = (),
+        **kwargs: Any,
+    ) -> None:
+        if regularisers and objective is None:
+            raise TunesmithError("regularisers are added to an objective; give one, `SFT()` for plain fine-tuning")
+        self.objective = objective
+        self.regularisers = list(regularisers)
+        self._scalars: dict[str, list[Tensor]] = {}
+        self._pending: list[tuple[dict[str, Any], Any]] = []
+        self._staging: Path | None = None
+        super().__init__(*args, **kwargs)
+        if objective is not None:
+            self.loss_is_scaled_for_ga = True
+
+    # The objective ------------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        if self.objective is None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        total = sum((self.objective.count(batch) for batch in batch_samples), torch.zeros((), dtype=torch.long))
+        total = total.to(device)
+        return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        if self.objective is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, scalars = self.objective(model, inputs, num_items_in_batch)
+        for term, weight in self.regularisers:
+            extra, more = term(model, inputs, num_items_in_batch)
+            loss, scalars = loss + weight * extra, {**scalars, **more}
+        for name, value in scalars.items():
+            self._scalars.setdefault(name, []).append(value.detach())
+        # Data-parallel wrappers average gradients over processes; the total is over all of them already.
+        if model.training:
+            loss = loss * self.args.world_size
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._scalars:
+            logs.update({name: float(torch.stack(values).mean()) for name, values in self._scalars.items()})
+            self._scalars.clear()
+        super().log(logs, *args, **kwargs)
+
+    # Forward-only optimizers --------------------------------------------------------------------------------------
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if not getattr(optimizer, "forward_only", False):
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._pending.append((self._prepare_inputs(inputs), num_items_in_batch))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self._pending = self._pending, []
+        model.eval()  # the two sides of a finite difference must see the same function: no dropout
+
+        def closure() -> Tensor:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                losses = [self.compute_loss(model, b, num_items_in_batch=n).detach() for b, n in batches]
+            loss = torch.stack(losses).sum()
+            if self.objective is None:
+                loss = loss / len(batches)
+            return self.accelerator.reduce(loss, "mean" if self.objective is None else "sum")
+
+        return optimizer.estimate(closure)
+
+    # Evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluation_loss(self, dataloader: Any) -> float:
+        """The objective over a whole data set, divided once by the whole count; over all processes."""
+        assert self.objective is not None
+        model = self.model
+        was = model.training
+        model.eval()
+        weighted = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in dataloader:
+            batch = self._prepare_inputs(batch)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, _ = self.objective(model, batch)
+            count = self.objective.count(batch)
+            weighted += torch.stack([loss.double() * count, count.double()]).to(weighted.device)
+        model.train(was)
+        weighted = self.accelerator.reduce(weighted, "sum")
+        return float(weighted[0] / weighted[1].clamp_min(1))
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        if self.objective is None:
+            return super().evaluation_loop(dataloader, description, *args, **kwargs)
+        from transformers.trainer_utils import EvalLoopOutput
+
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        loss = self.evaluation_loss(dataloader)
+        metrics = {f"{prefix}_loss": loss, f"{prefix}_perplexity": math.exp(min(loss, 700.0))}
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's, but into a folder that takes its name only when every process has written its part."""
+        final = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._staging = final / f"{STAGING_PREFIX}{name}"
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            replace_folder(staging / name, final / name)
+            os.rmdir(staging)
+            from transformers.trainer_utils import rotate_checkpoints
+
+            rotate_checkpoints(
+                output_dir=str(final),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()

@@ -63,6 +63,13 @@ def segments(batch: Mapping[str, Any]) -> Tensor:
     return rows if mask is None else rows.masked_fill(mask == 0, -1)
 
 
+def count_tokens(batch: Mapping[str, Any]) -> int:
+    """Real tokens of a batch, padding left out; a picture counts one."""
+    if "input_ids" not in batch:
+        return len(batch["labels"])
+    return int((segments(batch) >= 0).sum())
+
+
 def varlen_attention(
     module: nn.Module,
     query: Tensor,

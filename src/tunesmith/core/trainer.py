@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tunesmith.core.files import STAGING_PREFIX, replace_folder
 from tunesmith.core.objective import Objective
+from tunesmith.core.packing import count_tokens
 from tunesmith.errors import TunesmithError
 
 
@@ -47,6 +48,8 @@ class TrainerMixin:
         self._scalars: dict[str, list[Tensor]] = {}
         self._pending: list[tuple[dict[str, Any], Any]] = []
         self._staging: Path | None = None
+        self.tokens_seen = 0
+        """Real tokens that this process trained on, padding left out."""
         super().__init__(*args, **kwargs)
         if objective is not None:
             self.loss_is_scaled_for_ga = True
@@ -86,6 +89,11 @@ class TrainerMixin:
             self._scalars.clear()
         super().log(logs, *args, **kwargs)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.tokens_seen += sum(count_tokens(batch) for batch in batches)
+        return batches, items
+
     # Forward-only optimizers --------------------------------------------------------------------------------------
 
     def training_step(
@@ -93,7 +101,10 @@ class TrainerMixin:
     ) -> Tensor:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if not getattr(optimizer, "forward_only", False):
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if not bool(loss.isfinite()):
+                raise TunesmithError(self._diverged(float(loss)))
+            return loss
         self._pending.append((self._prepare_inputs(inputs), num_items_in_batch))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -109,6 +120,13 @@ class TrainerMixin:
             return self.accelerator.reduce(loss, "mean" if self.objective is None else "sum")
 
         return optimizer.estimate(closure)
+
+    def _diverged(self, loss: float) -> str:
+        return (
+            f"the loss is {loss} at step {self.state.global_step + 1}: training diverged. Lower train.learning_rate (now "
+            f"{self.args.learning_rate:g}), add warm-up, or train in float32. Finished checkpoints are kept in "
+            f"{self.args.output_dir}."
+        )
 
     # Evaluation ---------------------------------------------------------------------------------------------------
 

@@ -134,9 +134,6 @@ class Claim:
             done[title] = [found] if isinstance(found, Check) else list(found)
         return done
 
-    def run_comparison(self, seeds: Sequence[int] | None = None) -> Figures | None:
-        """The comparison's figures over the seeds; None if the claim has none."""
-        if self.compare is None:
-            return None
-        rows = [self.compare(seed) for seed in (self.seeds if seeds is None else seeds)]
+    def figures(self, rows: Sequence[Mapping[str, float]]) -> Figures:
+        """The comparison's figures from one row per seed."""
         return Figures({name: [float(row[name]) for row in rows] for name in rows[0]})

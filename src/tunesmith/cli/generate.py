@@ -1,0 +1,64 @@
+"""`tunesmith generate`: ask a model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+
+MODEL = typer.Argument(help="An embedded model, a model or adapter folder, the folder of a run, or a hub id.")
+PROMPT = typer.Option(None, "--prompt", help="The prompt; without it (and --file), standard input is read.")
+FILE = typer.Option(None, "--file", help="JSONL with a `prompt` per line; answers are written as JSONL.")
+CHAT = typer.Option(False, "--chat", help="Put the prompt through the chat template.")
+TOKENS = typer.Option(128, "--max-new-tokens", help="At most so many new tokens.")
+TEMPERATURE = typer.Option(0.0, "--temperature", help="0 is greedy.")
+TOP_P = typer.Option(1.0, "--top-p", help="Nucleus of the sampling.")
+SEED = typer.Option(0, "--seed", help="Of the sampling.")
+WITH = typer.Option(None, "--with", help="A part of `decoding` or `inference`, such as proxy-tuning.")
+EXPERT = typer.Option(None, "--expert", help="Helper model of --with.")
+ANTI = typer.Option(None, "--anti-expert", help="Helper model of --with.")
+HELPER = typer.Option(None, "--helper", metavar="ROLE=MODEL", help="Any other helper model of --with.")
+SET = typer.Option(None, "--set", metavar="OPTION=VALUE", help="An option of --with.")
+
+
+def generate(
+    model: str = MODEL,
+    prompt: str | None = PROMPT,
+    file: Path | None = FILE,
+    chat: bool = CHAT,
+    max_new_tokens: int = TOKENS,
+    temperature: float = TEMPERATURE,
+    top_p: float = TOP_P,
+    seed: int = SEED,
+    method: str | None = WITH,
+    expert: str | None = EXPERT,
+    anti_expert: str | None = ANTI,
+    helper: list[str] | None = HELPER,
+    settings: list[str] | None = SET,
+) -> None:
+    """Generate with a model, plainly or with a method of `decoding` or `inference`."""
+    from tunesmith.cli.common import assignments, quiet
+    from tunesmith.engine.generation import Request, answer, prompts_of
+
+    helpers = {**assignments(helper, "--helper")}
+    if expert:
+        helpers["expert"] = expert
+    if anti_expert:
+        helpers["anti_expert"] = anti_expert
+    quiet()
+    prompts = prompts_of(prompt, file, sys.stdin)
+    request = Request(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+        method=method,
+        helpers=helpers,
+        options=assignments(settings),
+    )
+    import json
+
+    for asked, text in zip(prompts, answer(model, prompts, request), strict=True):
+        typer.echo(json.dumps({"prompt": asked, "completion": text}, ensure_ascii=False) if file else text)

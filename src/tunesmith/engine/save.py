@@ -1,0 +1,116 @@
+"""Writing what a run made, so that transformers and PEFT load it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith import __version__
+from tunesmith.core.files import staged_folder
+from tunesmith.errors import ModelError
+from tunesmith.models.loader import load_model
+from tunesmith.recipe import Recipe
+
+_LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """What made a folder."""
+    found = {"tunesmith": __version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def save_result(
+    model: nn.Module, processor: Any, folder: Path, recipe: Recipe, labels: list[str] | None, state: dict | None = None
+) -> Path:
+    """A PEFT adapter folder, or a transformers model folder, with tokenizer, recipe and versions.
+
+    Args:
+        model: PEFT-wrapped or plain.
+        processor: Tokenizer or image processor.
+        folder: Where; replaced as a whole.
+        recipe: Of the run.
+        labels: Class names, kept beside an adapter, which has no config to hold them.
+        state: The whole state dict, where the weights are sharded over processes.
+    """
+    with staged_folder(folder) as staging:
+        model.save_pretrained(staging, **({} if state is None else {"state_dict": state}))
+        if processor is not None:
+            processor.save_pretrained(staging)
+        recipe.to_yaml(staging / "recipe.yaml")
+        (staging / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+        if labels is not None:
+            (staging / "labels.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
+    return folder
+
+
+def save_merged(adapter: str, output: Path, *, dtype: str = "auto") -> Path:
+    """The base of an adapter with the adapter folded in, as a plain transformers folder.
+
+    Raises:
+        ModelError: `adapter` is not an adapter folder; the method cannot be merged; or the architecture's checkpoints
+            have no place for the biases that merging made.
+    """
+    loaded = load_model(adapter, dtype="float32" if dtype == "auto" else dtype)
+    model: Any = loaded.model
+    if not hasattr(model, "merge_and_unload"):
+        raise ModelError(f"{adapter} is a whole model, not an adapter; there is nothing to merge")
+    if not hasattr(model.base_model, "merge_and_unload"):
+        kind = type(model.active_peft_config).__name__
+        raise ModelError(f"{adapter} holds {kind}, which is context and cannot be folded into weights")
+    model = model.merge_and_unload(safe_merge=True)
+    if dtype == "auto":
+        kept = load_model(loaded.source, task=loaded.task).model.dtype
+        model = model.to(kept)
+    make_room_for_biases(model)
+    with staged_folder(output) as staging:
+        model.save_pretrained(staging)
+        loaded.processor.save_pretrained(staging)
+        (staging / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+    return output
+
+
+def make_room_for_biases(model: Any) -> None:
+    """Let a merged model's checkpoint be loaded again when merging gave biases to layers that had none.
+
+    Architectures say in their config which layers have biases (`attention_bias`, `mlp_bias` in Llama's). Those flags
+    are set, and the layers that they give a bias to beyond the merged ones get a bias of zero.
+
+    Raises:
+        ModelError: no flag makes room for a bias.
+    """
+    have = set(model.state_dict())
+    extra = have - _names(model, {})
+    if not extra:
+        return
+    flags = [name for name, value in model.config.to_dict().items() if name.endswith("bias") and value is False]
+    chosen = {flag: True for flag in flags if _names(model, {flag: True}) & extra}
+    names = _names(model, chosen)
+    lost = sorted(extra - names)
+    if lost:
+        raise ModelError(
+            f"merging gave {lost[0]!r} to a {type(model).__name__}, whose checkpoints have no place for it: it would be "
+            "lost on loading. Train without shifts (`shift: false`), or keep the adapter unmerged."
+        )
+    for flag in chosen:
+        setattr(model.config, flag, True)
+    for name in sorted(names - have):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        owner.bias = nn.Parameter(torch.zeros(owner.weight.shape[0], dtype=owner.weight.dtype))
+
+
+def _names(model: Any, flags: dict[str, bool]) -> set[str]:
+    config = type(model.config).from_dict({**model.config.to_dict(), **flags})
+    with torch.device("meta"):
+        return set(type(model)(config).state_dict())

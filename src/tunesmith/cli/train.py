@@ -65,11 +65,11 @@ def train(
     asked = load(recipe, overrides)
     asked.check()
     quieten()
-    from tunesmith.train import Interrupted, run
+    from tunesmith.train import InterruptedRunError, run
 
     try:
         run(asked, resume=resume, overwrite=overwrite, quiet=quiet, show=True)
-    except Interrupted as stopped:
+    except InterruptedRunError as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(130) from None
 

@@ -100,8 +100,8 @@ def make_room_for_biases(model: Any) -> None:
     lost = sorted(extra - names)
     if lost:
         raise ModelError(
-            f"merging gave {lost[0]!r} to a {type(model).__name__}, whose checkpoints have no place for it: it would be "
-            "lost on loading. Train without shifts (`shift: false`), or keep the adapter unmerged."
+            f"merging gave {lost[0]!r} to a {type(model).__name__}, whose checkpoints have no place for it: it would "
+            "be lost on loading. Train without shifts (`shift: false`), or keep the adapter unmerged."
         )
     for flag in chosen:
         setattr(model.config, flag, True)

@@ -26,7 +26,7 @@ from tunesmith.core.report import Report
 from tunesmith.core.steps import callbacks as adapter_callbacks
 from tunesmith.core.trainer import TrainerMixin
 from tunesmith.engine import arguments as engine_arguments
-from tunesmith.engine import reporting, retain, select
+from tunesmith.engine import reporting, retain, select, sharding
 from tunesmith.engine.attach import attach
 from tunesmith.engine.callbacks import Meters, Progress, StopCleanly
 from tunesmith.engine.measure import Measurer
@@ -227,6 +227,10 @@ class _Run:
             unused_parameters=bool(self.uses.get("schedule")),
         )
         meters, stop = Meters(), StopCleanly()
+        sharded_here = recipe.train.fsdp and sharding.by_torch()
+        if sharded_here:
+            self.notes.append("weights are sharded by torch, without a GPU: no checkpoints are written")
+            sharding.shard(self.model)
         schedules = [use.part.target(**use.options) for use in self.uses.get("schedule", [])]
         trainer = Trainer(
             model=self.model,
@@ -241,6 +245,8 @@ class _Run:
             regularisers=self._regularisers(),
         )
         trainer.remove_callback(transformers.PrinterCallback)
+        if sharded_here:
+            sharding.leave_alone(trainer)
         return trainer, meters, stop
 
     def _optimizer(self, use: Use) -> Optimizer:
@@ -263,8 +269,7 @@ class _Run:
         ]
 
     def _save(self, trainer: Trainer) -> None:
-        sharded = self.recipe.train.fsdp
-        weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None
+        weights = sharding.gathered(trainer.model) if self.recipe.train.fsdp else None
         if self.state.is_main_process:
             model = trainer.accelerator.unwrap_model(trainer.model)
             save_result(model, self.processor, self.folder.model, self.recipe, self.data.labels, weights)

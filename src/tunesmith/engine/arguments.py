@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from tunesmith.engine.sharding import by_torch
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import Recipe
 
@@ -89,7 +90,9 @@ def arguments(
         if rest and recipe.optimizer.name.startswith("adamw_torch"):
             raise RecipeError(f"{recipe.optimizer.name} has no option {next(iter(rest))!r}; it has {', '.join(_ADAM)}")
         options["optim_args"] = ",".join(f"{k}={v}" for k, v in rest.items()) or None
-    if train.fsdp:
+    if train.fsdp and by_torch():
+        options["save_strategy"] = "no"
+    elif train.fsdp:
         options["fsdp"] = "full_shard"
         options["fsdp_config"] = {"fsdp_version": 2, "reshard_after_forward": True}
     try:

@@ -99,7 +99,9 @@ def _one_pass(
             for batch in batches:
                 mask_holder["mask"] = batch.get("attention_mask")
                 if gradients:
-                    loss(model, batch).backward()
+                    value = loss(model, batch)
+                    if value.requires_grad:
+                        value.backward()
                 else:
                     model(**batch)
                 count += 1

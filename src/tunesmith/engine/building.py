@@ -1,0 +1,181 @@
+"""From a loaded base model, checked rows and a recipe to a model and its trainer; for a run, and for what parts of the
+room `data` train on the way to one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from tunesmith import inputs
+from tunesmith.core import packing
+from tunesmith.core.bridge import initialise
+from tunesmith.core.objective import Objective
+from tunesmith.core.optimizer import Optimizer
+from tunesmith.core.part import Use
+from tunesmith.core.prompt import Prompt
+from tunesmith.core.steps import callbacks as adapter_callbacks
+from tunesmith.core.trainer import TrainerMixin
+from tunesmith.engine import arguments as engine_arguments
+from tunesmith.engine import sharding
+from tunesmith.engine.attach import attach
+from tunesmith.errors import TunesmithError
+from tunesmith.models.loader import Task
+from tunesmith.objectives.sft import SFT
+from tunesmith.recipe import Recipe
+
+STATISTICS_BATCHES = 8
+"""Batches that adapters which start from statistics of the data are given."""
+
+Uses = Mapping[str, Sequence[Use]]
+
+
+class Trainer(TrainerMixin, transformers.Trainer):
+    """transformers' Trainer with what our parts need."""
+
+
+@dataclass
+class Built:
+    """A model with every part of the recipe on it, and the rows as its tokens.
+
+    Attributes:
+        model: PEFT-wrapped if the recipe names an adapter or prompt.
+        data: Encoded, with the collator that model and parts allow.
+        notes: What the report should say of it.
+    """
+
+    model: nn.Module
+    data: inputs.Encoded
+    notes: list[str] = field(default_factory=list)
+
+
+def build(
+    base: nn.Module,
+    recipe: Recipe,
+    uses: Uses,
+    gathered: inputs.Gathered,
+    *,
+    config: Any,
+    processor: Any,
+    start: bool = True,
+) -> Built:
+    """Put the parts on the base model and encode the rows for it.
+
+    Args:
+        base: Changed in place.
+        recipe: Of the run.
+        uses: Its parts by field.
+        gathered: Its rows.
+        config: Of the base.
+        processor: Tokenizer or image processor.
+        start: Give adapters that start from statistics their start; False where a checkpoint brings it.
+
+    Raises:
+        ModelError, DataError: as `attach` and `inputs.encode`.
+    """
+    model = attach(base, recipe, uses, gathered.task)
+    reserved = sum(module.length for module in model.modules() if isinstance(module, Prompt))
+    data = inputs.encode(gathered, recipe.data, config=config, processor=processor, reserved=reserved)
+    if data.pad_token is not None:
+        base.config.pad_token_id = data.pad_token
+    for use in uses.get("inference", []):
+        use.part.target(**use.options).attach(model)
+    built = _laid_out(Built(model, data), recipe, uses)
+    if start:
+        _initialise(built, recipe.train.batch_size)
+    return built
+
+
+def _laid_out(built: Built, recipe: Recipe, uses: Uses) -> Built:
+    """Rows end to end where the model and the parts allow it, padded where they do not."""
+    spec = recipe.data
+    if built.data.task != "causal-lm" or spec.padding_free is False:
+        return built
+    required = spec.padding_free is True or spec.packing
+    blockers = [u for group in uses.values() for u in group if "padding-free" in u.part.refusals(u.options)]
+    if blockers and not required:
+        reason = blockers[0].part.refusals(blockers[0].options)["padding-free"]
+        return replace(built, notes=[f"rows are padded, for {blockers[0].part.slug}: {reason}"])
+    try:
+        packing.enable(built.model)
+    except TunesmithError as error:
+        if required:
+            raise
+        return replace(built, notes=[f"rows are padded: {error}"])
+    return replace(built, data=replace(built.data, collator=packing.Flatten()))
+
+
+def _initialise(built: Built, size: int) -> None:
+    rows = [built.data.train[i] for i in range(min(size * STATISTICS_BATCHES, len(built.data.train)))]
+    batches = [built.data.collator(rows[i : i + size]) for i in range(0, len(rows), size)]
+    device = next(built.model.parameters()).device
+    initialise(built.model, [packing.to_device(batch, device) for batch in batches])
+
+
+def trainer(
+    built: Built,
+    recipe: Recipe,
+    uses: Uses,
+    args: TrainingArguments,
+    *,
+    processor: Any,
+    callbacks: Sequence[TrainerCallback] = (),
+    evaluate: bool = True,
+) -> Trainer:
+    """The trainer of a built model, with the recipe's schedule, optimizer, objective and regularisers.
+
+    Args:
+        built: From `build`; its model is sharded here where torch does it, and a note says so.
+        recipe: Of the run.
+        uses: Its parts by field.
+        args: From `engine.arguments`.
+        processor: Tokenizer or image processor.
+        callbacks: Further ones.
+        evaluate: Whether it gets the evaluation rows.
+    """
+    model, own = built.model, uses.get("optimizer", [])
+    sharded_here = recipe.train.fsdp and sharding.by_torch()
+    if sharded_here:
+        built.notes.append("weights are sharded by torch, without a GPU: no checkpoints are written")
+        sharding.shard(model)
+    schedules = [use.part.target(**use.options) for use in uses.get("schedule", [])]
+    made = Trainer(
+        model=model,
+        args=args,
+        train_dataset=built.data.train,
+        eval_dataset=built.data.eval if evaluate else None,
+        data_collator=built.data.collator,
+        processing_class=processor,
+        callbacks=[*schedules, *adapter_callbacks(model), *callbacks],
+        optimizers=(_optimizer(own[0], model, recipe), None) if own else (None, None),
+        objective=_objective(uses, built.data.task),
+        regularisers=_regularisers(recipe, uses),
+    )
+    made.remove_callback(transformers.PrinterCallback)
+    if sharded_here:
+        sharding.leave_alone(made)
+    return made
+
+
+def _optimizer(use: Use, model: nn.Module, recipe: Recipe) -> Optimizer:
+    cls = use.part.target
+    groups = cls.groups(model, weight_decay=recipe.train.weight_decay, **use.options)
+    return cls(groups, engine_arguments.learning_rate(recipe), **use.options)
+
+
+def _objective(uses: Uses, task: Task) -> Objective | None:
+    chosen = uses.get("objective", [])
+    if chosen:
+        return chosen[0].part.target(**chosen[0].options)
+    return SFT() if task == "causal-lm" else None
+
+
+def _regularisers(recipe: Recipe, uses: Uses) -> list[tuple[Objective, float]]:
+    return [
+        (use.part.target(**use.options), float(spec.options.get("weight", 1.0)))
+        for spec, use in zip(recipe.regularisers, uses.get("regularisers", []), strict=True)
+    ]

@@ -1,0 +1,48 @@
+"""From names on a command line to what an analysis or a merge looks at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tunesmith.core.analysis import Subjects
+from tunesmith.core.statedict import Checkpoint
+from tunesmith.models.loader import ADAPTER_CONFIG, load_model, resolve
+
+
+def checkpoint(name: str) -> Checkpoint:
+    """The weights of a model by name: read from its folder as they are asked for, or merged if it is an adapter.
+
+    Raises:
+        ModelError: there is no such model.
+        CheckpointError: a file is missing or truncated.
+    """
+    source = resolve(name)
+    if (Path(source) / ADAPTER_CONFIG).exists():
+        return Checkpoint(load_model(name, merge=True).model.state_dict())
+    if Path(source).is_dir():
+        return Checkpoint(source)
+    return Checkpoint(load_model(name).model.state_dict())
+
+
+def base_of(name: str) -> str | None:
+    """The base that an adapter names; None for a whole model."""
+    config = Path(resolve(name)) / ADAPTER_CONFIG
+    return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.exists() else None
+
+
+def subjects(tuned: str, base: str | None) -> Subjects:
+    """A tuned model and what it was tuned from, by name; an adapter names its base itself."""
+    base = base or base_of(tuned)
+    names = {"tuned": tuned, "base": base}
+
+    def load(which: str) -> tuple[nn.Module, Any]:
+        name = names[which]
+        assert name is not None
+        found = load_model(name, merge=True)
+        return found.model, found.processor
+
+    return Subjects(checkpoint(tuned), None if base is None else checkpoint(base), load)

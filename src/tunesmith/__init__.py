@@ -21,7 +21,7 @@ _LAZY = {
     "stack": "tunesmith.core.bridge",
     "register_peft": "tunesmith.core.bridge",
     "initialise": "tunesmith.core.bridge",
-    "export_lora": "tunesmith.core.bridge",
+    "export_lora": "tunesmith.core.export",
     "Adapter": "tunesmith.core.adapter",
     "Prompt": "tunesmith.core.prompt",
     "Schedule": "tunesmith.core.schedule",

@@ -270,6 +270,7 @@ class TunesmithModel(BaseTuner):
 
     def _prepare_model(self, peft_config: TunesmithConfig, model: nn.Module) -> None:
         """Resolve every part's targets to full module names, so that the saved config needs no rule to be read."""
+        layers.keep_codes_readable(model)
         union: set[str] = set()
         for entry in peft_config.parts:
             found = catalog.get(entry["name"])

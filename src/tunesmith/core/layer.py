@@ -175,6 +175,18 @@ def write(module: nn.Module, spec: LayerSpec, weight: Tensor, bias: Tensor | Non
             current.copy_(bias)
 
 
+def keep_codes_readable(model: nn.Module) -> None:
+    """Stop bitsandbytes from reordering 4-bit codes for CPU inference, and undo it where that has happened.
+
+    It does so at a layer's first forward pass in evaluation mode. Reordered codes can neither be dequantised by PEFT
+    nor trained through: the layer's output then carries no gradient to the adapters below it.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.state_dict()  # bitsandbytes puts the codes back in order to save them
+            module.support_avx512bf16_for_cpu = False
+
+
 class _Holder:
     """The little of a PEFT layer that peft's quantisation backends ask for when they write a weight back."""
 

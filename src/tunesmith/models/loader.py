@@ -11,6 +11,7 @@ import torch
 import transformers as T
 from torch import nn
 
+from tunesmith.core.layer import keep_codes_readable
 from tunesmith.core.statedict import Checkpoint
 from tunesmith.errors import ModelError, did_you_mean
 from tunesmith.models import embedded
@@ -161,6 +162,7 @@ def load_base(
         model = _AUTO[task].from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"{source} cannot be loaded for {task}: {str(error).splitlines()[0]}") from None
+    keep_codes_readable(model)
     return model
 
 

@@ -76,7 +76,9 @@ class DataSpec(Section):
         "a hub id. None: the embedded default.",
     )
     eval: str | None = Field(
-        None, description="The same for evaluation; None splits `eval_fraction` off the training rows."
+        None,
+        description="The same for evaluation; None takes the validation or test split of `train`, or else splits "
+        "`eval_fraction` off.",
     )
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="Share split off when `eval` is not given."

@@ -192,7 +192,7 @@ def _left_out(data: Encoded) -> list[str]:
     for use, source in data.report["sources"].items():
         counted, bad = data.report[use], source["bad_rows"]
         if bad["count"]:
-            first = "; ".join(str(row) for row in bad["rows"][:3])
+            first = "; ".join(f"{row['where']}: {row['reason']}" for row in bad["first"][:3])
             found.append(f"{bad['count']} bad rows of {source['name']} were left out: {first}")
         if counted.get("dropped_too_long"):
             limit = data.report["limit"]

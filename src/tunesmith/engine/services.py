@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, Features
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -31,6 +31,7 @@ from tunesmith.inputs.example import Example
 from tunesmith.inputs.examples import Causal, Encoder, Seq2Seq, TextClassifier
 from tunesmith.inputs.limits import token_limit
 from tunesmith.inputs.rows import RowError
+from tunesmith.inputs.store import GROUP, WHERE
 from tunesmith.inputs.text import end_token
 from tunesmith.recipe import Recipe
 
@@ -44,8 +45,8 @@ class ModelServices:
         recipe: Of the run.
         base: As loaded, with nothing of the recipe on it; it is moved to the run's device, and never changed.
         processor: Its tokenizer.
-        gathered: The run's rows. Rows that a service is asked about have the columns of its training rows, and may
-            have others.
+        gathered: The run's rows. Rows that a service is asked about have the columns of its training rows, their place
+            and family aside, and may have others.
     """
 
     def __init__(self, recipe: Recipe, base: nn.Module, processor: Any, gathered: Gathered) -> None:
@@ -173,7 +174,8 @@ class ModelServices:
         """
         encoder, listed = self._encoder(), list(rows)
         limit = token_limit(self.config, self.recipe.data.max_length).tokens
-        columns = {name: [row[name] for row in listed] for name in self.gathered.train.dataset.column_names}
+        wanted = [name for name in self.gathered.train.dataset.column_names if name not in (WHERE, GROUP)]
+        columns = {name: [row[name] for row in listed] for name in wanted}
         examples = []
         for number, found in enumerate(encoder.batch(columns)):
             if isinstance(found, RowError):
@@ -193,7 +195,8 @@ class ModelServices:
     def _dataset(self, rows: Rows) -> Dataset:
         if isinstance(rows, Dataset):
             return rows
-        features = self.gathered.train.dataset.features
+        known = self.gathered.train.dataset.features
+        features = Features({name: known[name] for name in known if name not in (WHERE, GROUP) or name in rows[0]})
         return Dataset.from_list([{name: row[name] for name in features} for row in rows], features=features)
 
     def _alike(self, lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, model_validator
@@ -26,6 +27,7 @@ from tunesmith.recipe_fields import AdapterSpec, DataSpec, ModelSpec, PartSpec, 
 
 Task = Literal["causal-lm", "seq2seq", "text-classification", "image-classification"]
 DEFAULT_OPTIMIZER = "adamw_torch"
+DEFAULT_LR_SCHEDULE = TrainSpec().lr_schedule
 METHODS = {
     "adapters": "adapters",
     "prompts": "prompts",
@@ -74,12 +76,20 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _place_method(self) -> Recipe:
         if self.method == "full":
+            if not self.full:
+                given = ", ".join(spec.name for spec in (*self.adapters, *self.prompts))
+                raise RecipeError(
+                    f"method: full trains the weights themselves, and {given} leaves them frozen; keep one of the two"
+                )
             return self
-        if self.method is None:
-            if self.full and self.schedule is None and self.optimizer.name == DEFAULT_OPTIMIZER:
-                self.__dict__["adapters"] = [AdapterSpec(name="lora")]
-            return self
-        slug, self.__dict__["method"] = self.method, None
+        if self.method is not None:
+            self._place(self.method)
+        if self.full and self.schedule is None and self.optimizer.name == DEFAULT_OPTIMIZER:
+            self.__dict__["adapters"] = [AdapterSpec(name="lora")]
+        return self
+
+    def _place(self, slug: str) -> None:
+        """Put the part of the shorthand into its field, as if it had been written there."""
         part = catalog.get(slug)
         place = METHODS.get(part.room)
         if place is None:
@@ -87,17 +97,23 @@ class Recipe(Section):
                 f"{slug!r} is in the room {part.room}, which has its own command; `method` takes parts of "
                 f"{', '.join(METHODS)}"
             )
-        owner, field = (self.data, "select") if place == "data.select" else (self, place)
+        self.__dict__["method"] = None
+        owner: Section = self
+        field = place
+        if place == "data.select":
+            owner, field = self.data, "select"
+            self.__pydantic_fields_set__.add("data")
         held = getattr(owner, field)
         spec = AdapterSpec(name=slug) if place == "adapters" else PartSpec(name=slug)
         if isinstance(held, list):
             if all(entry.name != slug for entry in held):
                 owner.__dict__[field] = [*held, spec]
-        elif held is None or held.name == DEFAULT_OPTIMIZER:
-            self.__dict__[field] = spec
+        elif held is None or held == PartSpec(name=DEFAULT_OPTIMIZER):
+            owner.__dict__[field] = spec
         elif held.name != slug:
             raise RecipeError(f"method: {slug} and {field}: {held.name} ask for two different things; keep one")
-        return self
+        # A copy of the recipe is made of the fields that were set.
+        owner.__pydantic_fields_set__.add(field)
 
     @property
     def full(self) -> bool:
@@ -119,6 +135,9 @@ class Recipe(Section):
                     raise RecipeError(
                         f"{spec.name!r} replaces the objective; it is not a regulariser. Put it under `objective`."
                     )
+                weight = spec.options.get("weight", 1.0) if field == "regularisers" else 1.0
+                if isinstance(weight, bool) or not isinstance(weight, int | float):
+                    raise RecipeError(f"regularisers: the weight of {spec.name} must be a number, found {weight!r}")
                 found.setdefault(field, []).append(Use(part, part.validate(options)))
         return found
 
@@ -164,6 +183,7 @@ class Recipe(Section):
             RecipeError: parts that cannot be combined, with each other or with the settings.
         """
         found = self.uses()
+        self._check_names()
         every = [use for uses in found.values() for use in uses]
         own = [use.part.slug for use in every if "own-tuner" in use.part.tags]
         layered = [use.part.slug for field in ("adapters", "prompts") for use in found.get(field, [])]
@@ -180,6 +200,18 @@ class Recipe(Section):
             )
         check_combination(every, self.settings(world_size))
         return found
+
+    def _check_names(self) -> None:
+        """Names that transformers gives meaning to; it would find out only once the model is loaded."""
+        if self.optimizer.name != DEFAULT_OPTIMIZER and self.optimizer.name not in catalog.parts():
+            from transformers.training_args import OptimizerNames
+
+            ours = [part.slug for part in catalog.in_room("optimizers")]
+            _check_known("optimizer", self.optimizer.name, [*ours, *(name.value for name in OptimizerNames)])
+        if self.train.lr_schedule != DEFAULT_LR_SCHEDULE:
+            from transformers import SchedulerType
+
+            _check_known("train.lr_schedule", self.train.lr_schedule, [kind.value for kind in SchedulerType])
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The recipe as YAML, defaults left out; written to `path` if given."""
@@ -200,7 +232,7 @@ def load(source: str | Path | Mapping[str, Any] | Recipe | None, overrides: Mapp
     if isinstance(source, Recipe):
         content = source.model_dump(exclude_unset=True)
     elif isinstance(source, Mapping):
-        content = dict(source)
+        content = copy.deepcopy(dict(source))
     elif source is None:
         content = {}
     else:
@@ -219,7 +251,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"there is no recipe file {path}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if content is None:
         return {}
@@ -244,9 +276,14 @@ def _set(content: dict[str, Any], path: str, value: Any) -> None:
     here[last] = value
 
 
+def _check_known(field: str, name: str, known: Iterable[str]) -> None:
+    names = list(known)
+    if name not in names:
+        raise RecipeError(f"{field}: there is no {name!r}.{did_you_mean(name, names)} Known: {', '.join(names)}.")
+
+
 def _explain(error: PydanticError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(x) for x in first["loc"])
     if first["type"] == "extra_forbidden":
         section = _section(first["loc"][:-1])
         known = list(section.model_fields) if section else []

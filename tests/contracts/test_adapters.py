@@ -69,7 +69,7 @@ def test_merged_equals_unmerged_and_keeps_names(part: Part, family: str) -> None
 
 @ADAPTERS
 def test_merge_and_unmerge_is_bit_exact(part: Part) -> None:
-    base, model, given = adapted(part, "gpt2")
+    base, model, _ = adapted(part, "gpt2")
     move(model)
     model.merge_adapter()
     model.unmerge_adapter()

@@ -50,6 +50,7 @@ class DyLoRA(LowRank):
         super().__init__(layer, rank, dropout)
         self.rank, self.alpha, self.frozen, self.seed = rank, alpha, frozen, seed
         self.deployed = rank
+        self.drawn: int | None = None
         self._before: tuple[Tensor, Tensor] | None = None
 
     def begin_step(self, step: int) -> None:
@@ -58,10 +59,11 @@ class DyLoRA(LowRank):
             self._before = (self.A.detach().clone(), self.B.detach().clone())
 
     def end_step(self) -> None:
-        if self._before is None:
+        drawn, self.drawn = self.drawn, None
+        if self._before is None or drawn is None:
             return
         A, B = self._before
-        last = self.drawn - 1
+        last = drawn - 1
         with torch.no_grad():
             A[last], B[:, last] = self.A[last], self.B[:, last]
             self.A.copy_(A)
@@ -69,9 +71,11 @@ class DyLoRA(LowRank):
         self._before = None
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        b = self.drawn if self.training else self.deployed
+        # Outside of a step, merging and export see the deployed rank, though the model may still be in training mode.
+        drawn = self.drawn if self.training else None
+        b = self.deployed if drawn is None else drawn
         A, B = self.A[:b], self.B[:, :b]
-        if self.training and self.frozen:
+        if drawn is not None and self.frozen:
             A = torch.cat([A[:-1].detach(), A[-1:]])
             B = torch.cat([B[:, :-1].detach(), B[:, -1:]], dim=1)
         return B, A, self.alpha / b

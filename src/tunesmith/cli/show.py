@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import typer
 
@@ -24,8 +25,8 @@ def show(slug: str = SLUG, as_json: bool = JSON) -> None:
             {"name": o.name, "type": o.type_name, "default": None if o.required else o.default, "help": o.help}
             for o in part.options.values()
         ]
-        content = {"slug": slug, "room": part.room, "paper": part.paper, "doc": part.doc, "options": options}
-        content |= {"tags": list(part.tags), "refuses": refuses, "evidence": evidence}
+        content: dict[str, Any] = {"slug": slug, "room": part.room, "paper": part.paper, "doc": part.doc}
+        content |= {"options": options, "tags": list(part.tags), "refuses": refuses, "evidence": evidence}
         typer.echo(json.dumps(content, indent=2, default=str))
         return
     from rich.console import Console

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,6 +37,17 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key != "labels"}
 
 
+def targets_of(batch: Mapping[str, Any]) -> Tensor:
+    """The label that each position but the last predicts, (B, T - 1) int64; IGNORED where there is none.
+
+    The first token of a row has none, wherever in the batch the row begins: neither padding before it nor another
+    row's end predicts it. Padding has none either.
+    """
+    row = segments(batch)
+    targets: Tensor = batch["labels"][:, 1:]
+    return targets.masked_fill((row[:, 1:] != row[:, :-1]) | (row[:, 1:] < 0), IGNORED)
+
+
 def labelled(model: nn.Module, batch: Mapping[str, Any], inputs: Mapping[str, Any] | None = None) -> Labelled:
     """Run a causal model and keep the logits that a label is predicted from.
 
@@ -46,8 +58,7 @@ def labelled(model: nn.Module, batch: Mapping[str, Any], inputs: Mapping[str, An
         batch: With `input_ids` and `labels`, padded or flattened.
         inputs: What to run the model on instead of the batch's own inputs (`inputs_embeds`, say).
     """
-    labels = batch["labels"]
-    targets = labels[:, 1:]
+    targets = targets_of(batch)
     row, column = (targets != IGNORED).nonzero(as_tuple=True)
     keep, place = column.unique(return_inverse=True)
     given = dict(model_inputs(batch) if inputs is None else inputs)
@@ -60,10 +71,11 @@ def labelled(model: nn.Module, batch: Mapping[str, Any], inputs: Mapping[str, An
 
 
 def token_losses(found: Labelled) -> Tensor:
-    """-log p of each label, (n,) float32."""
-    return F.cross_entropy(found.logits.float(), found.labels, reduction="none")
+    """-log p of each label, (n,) float32; float64 for a model in float64."""
+    logits = found.logits.to(torch.promote_types(found.logits.dtype, torch.float32))
+    return F.cross_entropy(logits, found.labels, reduction="none")
 
 
 def count_labels(batch: Mapping[str, Any]) -> Tensor:
     """The number of labels that a causal batch has, ()."""
-    return (batch["labels"][:, 1:] != IGNORED).sum()
+    return (targets_of(batch) != IGNORED).sum()

@@ -53,3 +53,31 @@ def decay_groups(
         {"params": [p for name, p in trained if name not in decaying], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def set_lr_ratios(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Give the parameters that a part wants to learn at another rate groups of their own, in place.
+
+    A module says so by `lr_ratios() -> {its parameter: multiple of the run's learning rate}`. To be called before a
+    learning-rate schedule is made; calling it again changes nothing.
+    """
+    ratios = {
+        id(module.get_parameter(name)): ratio
+        for module in model.modules()
+        if hasattr(module, "lr_ratios")
+        for name, ratio in module.lr_ratios().items()
+    }
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        if "lr_ratio" in group:
+            groups.append(group)
+            continue
+        split: dict[float, list[int]] = {}
+        for i, p in enumerate(group["params"]):
+            split.setdefault(ratios.get(id(p), 1.0), []).append(i)
+        for ratio, members in split.items():
+            lists = [key for key in ("params", "param_names") if key in group]
+            listed: dict[str, Any] = {key: [group[key][i] for i in members] for key in lists}
+            own: dict[str, Any] = {"lr": group["lr"] * ratio, "lr_ratio": ratio} if ratio != 1.0 else {}
+            groups.append({**group, **listed, **own})
+    optimizer.param_groups[:] = [group for group in groups if group["params"]]

@@ -8,8 +8,8 @@ have been built over everything that may ever train.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,7 +23,12 @@ class Schedule(TrainerCallback):
 
     `active(step)` should depend on the step and the options alone (draw with `core.seeds`): a resumed run then needs
     no state, and processes agree.
+
+    Attributes:
+        brisk: Options under which the choice changes within a few steps of a small model, for tests.
     """
+
+    brisk: ClassVar[Mapping[str, object]] = {}
 
     def __init__(self) -> None:
         self.model: nn.Module | None = None
@@ -43,6 +48,8 @@ class Schedule(TrainerCallback):
         Raises:
             TunesmithError: the optimizer does not hold all of it, so what is chosen later would never be updated.
         """
+        if self.model is model:
+            self.detach()  # a run that was interrupted has left its last choice behind
         self.model, self.optimizer = model, getattr(optimizer, "optimizer", optimizer)
         self.eligible = {name: p for name, p in model.named_parameters() if p.requires_grad}
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}

@@ -1,8 +1,9 @@
 """Algebra over checkpoints, a tensor at a time: memory is a few times the largest tensor, never the model.
 
 A `Checkpoint` is a transformers model folder (one safetensors file or shards with an index) or a tensor mapping in
-memory; reading it opens files lazily. `write` streams tensors into shards of a bounded size and gives the folder its
-name when it is complete.
+memory; reading it opens files lazily. `Computed` is a checkpoint whose tensors are made when asked for: the result of a
+merge, or a base with a LoRA added. `write` streams tensors into shards of a bounded size and gives the folder its name
+when it is complete.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tunesmith.core.files import staged_folder
 from tunesmith.errors import CheckpointError
@@ -31,32 +32,41 @@ class Checkpoint(Mapping[str, Tensor]):
 
     Args:
         source: A model folder, one safetensors file, or a mapping.
+        name: What error messages and records call it; the path if not given.
+
+    Attributes:
+        folder: Where config and tokenizer lie; None for tensors in memory.
 
     Raises:
         CheckpointError: no safetensors there, a shard that is missing or truncated, an index that names what is not.
     """
 
-    def __init__(self, source: str | Path | Mapping[str, Tensor]) -> None:
+    def __init__(self, source: str | Path | Mapping[str, Tensor], name: str | None = None) -> None:
         self.folder: Path | None = None
         self._memory: Mapping[str, Tensor] | None = None
         self._where: dict[str, Path] = {}
+        self._known: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         if isinstance(source, Mapping):
             self._memory = source
-            self.name = "tensors in memory"
+            self.name = name or "tensors in memory"
             return
         path = Path(source)
-        self.name = str(path)
+        self.name = name or str(path)
         self.folder = path if path.is_dir() else path.parent
         for file, names in _files(path).items():
-            held = _open(file).keys()
+            opened = _open(file)
+            held = opened.keys()
             missing = sorted(set(names) - set(held)) if names is not None else []
             if missing:
                 raise CheckpointError(f"{file} lacks the tensor {missing[0]!r}, which {path / INDEX} says it holds")
-            self._where.update(dict.fromkeys(held if names is None else names, file))
+            for tensor in held if names is None else names:
+                self._where[tensor] = file
+                piece = opened.get_slice(tensor)
+                self._known[tensor] = tuple(piece.get_shape()), _dtype(piece.get_dtype(), tensor, file)
 
     def __getitem__(self, name: str) -> Tensor:
         if self._memory is not None:
-            return self._memory[name]
+            return self._memory[name].detach()
         return _open(self._where[name]).get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -69,8 +79,49 @@ class Checkpoint(Mapping[str, Tensor]):
         """Shape and dtype of a tensor without reading it."""
         if self._memory is not None:
             return tuple(self._memory[name].shape), self._memory[name].dtype
-        piece = _open(self._where[name]).get_slice(name)
-        return tuple(piece.get_shape()), _DTYPES[piece.get_dtype()]
+        return self._known[name]
+
+    def wide(self, name: str) -> Tensor:
+        """The tensor to calculate with: float32 or wider if it is floating; integers and booleans as they are."""
+        value = self[name]
+        return value.to(widened(value.dtype)) if value.is_floating_point() else value
+
+
+class Computed(Checkpoint):
+    """A checkpoint whose tensors are computed each time they are asked for; it holds none.
+
+    What is calculated with one (`wide`) is not rounded to the dtype in which it would be stored, so that merges can
+    follow one another without loss.
+
+    Args:
+        like: Gives names, shapes, dtypes and folder.
+        value: `name -> tensor`, float32 or wider where `like` is floating.
+        name: What error messages and records call it.
+    """
+
+    def __init__(self, like: Checkpoint, value: Callable[[str], Tensor], name: str) -> None:
+        self.folder, self.name = like.folder, name
+        self._like, self._value = like, value
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._value(name).to(self.describe(name)[1])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._like)
+
+    def __len__(self) -> int:
+        return len(self._like)
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        return self._like.describe(name)
+
+    def wide(self, name: str) -> Tensor:
+        return self._value(name)
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to calculate in: float64 for float64, float32 for every other floating dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 _DTYPES = {
@@ -87,6 +138,12 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+def _dtype(code: str, tensor: str, file: Path) -> torch.dtype:
+    if code not in _DTYPES:
+        raise CheckpointError(f"{tensor!r} in {file} is stored as {code}, which is not a dtype of ordinary weights")
+    return _DTYPES[code]
 
 
 def _files(path: Path) -> dict[Path, list[str] | None]:
@@ -155,6 +212,7 @@ def write(
     with staged_folder(folder) as staging:
         shards: list[dict[str, list[int]]] = []
         pending: dict[str, Tensor] = {}
+        storages: set[int] = set()
         total = size = 0
 
         def flush() -> None:
@@ -162,12 +220,17 @@ def write(
             save_file(pending, staging / f"shard-{len(shards)}", metadata={"format": "pt"})
             shards.append({name: list(t.shape) for name, t in pending.items()})
             pending, size = {}, 0
+            storages.clear()
 
         for name, tensor in tensors:
             nbytes = tensor.numel() * tensor.element_size()
             if pending and size + nbytes > shard_bytes:
                 flush()
-            pending[name] = tensor.contiguous()
+            tensor = tensor.detach().contiguous()
+            # Tied tensors in memory share their storage, which safetensors refuses; on disk each is its own.
+            storage = tensor.untyped_storage().data_ptr()
+            pending[name] = tensor.clone() if storage in storages else tensor
+            storages.add(storage)
             size, total = size + nbytes, total + nbytes
         flush()
         _name_shards(staging, shards, total)
@@ -190,3 +253,29 @@ def _name_shards(staging: Path, shards: list[dict[str, list[int]]], total: int) 
     index = {tensor: name for shard, name in zip(shards, names, strict=True) for tensor in shard}
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (staging / INDEX).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def load_into(model: nn.Module, tensors: Checkpoint) -> nn.Module:
+    """Copy a checkpoint into a model, a tensor at a time; the model keeps its dtypes and devices.
+
+    A tied tensor that the checkpoint holds under one of its names is filled by that one.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    state = model.state_dict(keep_vars=True)
+    filled = {state[name].data_ptr() for name in tensors if name in state}
+    for name, tensor in state.items():
+        if name not in tensors and tensor.data_ptr() not in filled:
+            raise CheckpointError(f"{tensors.name} lacks the tensor {name!r} of the model")
+    for name in tensors:
+        if name not in state:
+            raise CheckpointError(f"{tensors.name} has the tensor {name!r}, which the model lacks")
+        if tuple(state[name].shape) != tensors.describe(name)[0]:
+            raise CheckpointError(
+                f"{name!r} has shape {tensors.describe(name)[0]} in {tensors.name} and {tuple(state[name].shape)} in "
+                "the model"
+            )
+        with torch.no_grad():
+            state[name].copy_(tensors[name])
+    return model

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tunesmith.core.files import STAGING_PREFIX, replace_folder
 from tunesmith.core.objective import Objective
+from tunesmith.core.optimizer import set_lr_ratios
 from tunesmith.core.packing import count_tokens
 from tunesmith.errors import TunesmithError
 
@@ -94,6 +95,11 @@ class TrainerMixin:
         self.tokens_seen += sum(count_tokens(batch) for batch in batches)
         return batches, items
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        made: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        set_lr_ratios(getattr(made, "optimizer", made), self.model)
+        return made
+
     # Forward-only optimizers --------------------------------------------------------------------------------------
 
     def training_step(
@@ -123,8 +129,8 @@ class TrainerMixin:
 
     def _diverged(self, loss: float) -> str:
         return (
-            f"the loss is {loss} at step {self.state.global_step + 1}: training diverged. Lower train.learning_rate (now "
-            f"{self.args.learning_rate:g}), add warm-up, or train in float32. Finished checkpoints are kept in "
+            f"the loss is {loss} at step {self.state.global_step + 1}: training diverged. Lower train.learning_rate "
+            f"(now {self.args.learning_rate:g}), add warm-up, or train in float32. Finished checkpoints are kept in "
             f"{self.args.output_dir}."
         )
 

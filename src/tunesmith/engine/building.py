@@ -78,8 +78,15 @@ def build(
         ModelError, DataError: as `attach` and `inputs.encode`.
     """
     model = attach(base, recipe, uses, gathered.task)
-    reserved = sum(module.length for module in model.modules() if isinstance(module, Prompt))
-    data = inputs.encode(gathered, recipe.data, config=config, processor=processor, reserved=reserved)
+    prompts = [module for module in model.modules() if isinstance(module, Prompt)]
+    data = inputs.encode(
+        gathered,
+        recipe.data,
+        config=config,
+        processor=processor,
+        reserved=sum(prompt.length for prompt in prompts),
+        longest=min((prompt.longest for prompt in prompts if prompt.longest is not None), default=None),
+    )
     if data.pad_token is not None:
         base.config.pad_token_id = data.pad_token
     for use in uses.get("inference", []):

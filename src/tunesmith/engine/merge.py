@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.func import functional_call
 
+from tunesmith.core.loss import IGNORED, labelled
 from tunesmith.core.merging import Judges, Merge, State, merged
-from tunesmith.core.statedict import write
+from tunesmith.core.statedict import Checkpoint, load_into, write
 from tunesmith.engine import evaluate
 from tunesmith.engine.batches import BATCH, encoded
 from tunesmith.engine.subjects import base_of, checkpoint
 from tunesmith.errors import CheckpointError
-from tunesmith.models.loader import Loaded, load_model, resolve
+from tunesmith.models.loader import Loaded, Task, load_model, resolve
 
 MAX_LENGTH = 1024
 
@@ -41,7 +43,7 @@ def merge_models(
         made = {"method": type(method).__name__, "models": list(names), "base": base, **method.record()}
         (folder / "merge.json").write_text(json.dumps(made, indent=2, default=str) + "\n", encoding="utf-8")
 
-    return write(output, tensors, like=like, extra=record)
+    return write(output, tensors.items(), like=like, extra=record)
 
 
 def _folder(name: str) -> str:
@@ -57,22 +59,39 @@ def _judges(loaded: Loaded, data: str) -> Judges:
     rows_of = encoded(loaded, data, MAX_LENGTH)
     rows = [*rows_of.train, *rows_of.eval]
     model: Any = loaded.model
+    asked = _ScaledLoss(model, loaded.task)
 
     def score(state: State) -> float:
-        missing = model.load_state_dict(dict(state), strict=False).missing_keys
-        unknown = [name for name in missing if name not in getattr(model, "_tied_weights_keys", ())]
-        if unknown:
-            raise CheckpointError(f"the merged weights lack {unknown[0]!r}")
+        load_into(model, state if isinstance(state, Checkpoint) else Checkpoint(state))
         found = evaluate.metrics(model, rows, rows_of.collator, loaded.task, BATCH)
         values = [metrics.get("accuracy", -metrics["loss"]) for metrics in found.values()]
         return sum(values) / len(values)
 
-    def loss(state: State) -> Tensor:
-        losses = []
+    def loss(state: State, scale: Tensor) -> Tensor:
+        held = {f"model.{name}": tensor for name, tensor in state.items()}
+        total, count = torch.zeros(()), 0
         for start in range(0, len(rows), BATCH):
             batch = rows_of.collator(rows[start : start + BATCH])
-            losses.append(functional_call(model, dict(state), (), batch).loss)
-        return torch.stack(losses).mean()
+            summed, labels = functional_call(asked, held, (batch, scale))
+            total, count = total + summed, count + labels
+        return total / max(count, 1)
 
-    scored: Callable[[State], float] = score
-    return Judges(scored, loss)
+    return Judges(score, loss)
+
+
+class _ScaledLoss(nn.Module):
+    """The summed loss of a batch, and its number of labels, with the logits multiplied by a scalar."""
+
+    def __init__(self, model: nn.Module, task: Task) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, batch: Mapping[str, Any], scale: Tensor) -> tuple[Tensor, int]:
+        if self.task == "causal-lm":
+            found = labelled(self.model, batch)
+            logits, labels = found.logits, found.labels
+        else:
+            logits = self.model(**batch).logits.flatten(0, -2)
+            labels = batch["labels"].flatten()
+        loss = F.cross_entropy(logits.float() * scale, labels, ignore_index=IGNORED, reduction="sum")
+        return loss, int((labels != IGNORED).sum())

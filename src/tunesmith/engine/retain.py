@@ -20,9 +20,9 @@ from tunesmith.engine.evaluate import spread
 from tunesmith.inputs import Encoded, read_rows
 from tunesmith.inputs.columns import meaning
 from tunesmith.inputs.encode import Encode
+from tunesmith.inputs.examples import Causal
 from tunesmith.inputs.limits import Limit
 from tunesmith.inputs.store import store
-from tunesmith.inputs.examples import Causal
 from tunesmith.models.embedded import EMBEDDED
 from tunesmith.recipe import Recipe
 from tunesmith.world import realtext

@@ -16,7 +16,7 @@ from tunesmith.inputs.batches import Pad, Pictures, pack
 from tunesmith.inputs.encode import Encode
 from tunesmith.inputs.examples import Causal, Encoder, Seq2Seq, TextClassifier
 from tunesmith.inputs.gathered import Gathered, gather
-from tunesmith.inputs.limits import token_limit
+from tunesmith.inputs.limits import Limit, token_limit
 from tunesmith.inputs.rows import Problems
 from tunesmith.inputs.store import Rows, progress
 from tunesmith.inputs.text import end_token
@@ -67,6 +67,7 @@ def prepare(
     processor: Any,
     task: Task | None = None,
     reserved: int = 0,
+    longest: int | None = None,
     padding_free: bool = False,
     select: Transform | None = None,
     verbose: bool = False,
@@ -79,6 +80,7 @@ def prepare(
         processor: Its tokenizer, or for images its image processor.
         task: None: inferred from model and columns.
         reserved: Virtual tokens that prompts put before each row.
+        longest: The longest row that the prompts are made for, if there is such a limit.
         padding_free: Lay the rows of a batch end to end.
         select: Chooses or makes training rows from the checked ones.
         verbose: Show progress.
@@ -94,7 +96,14 @@ def prepare(
         found.report["selected"] = [{"part": "select", "from": len(found.train.dataset), "to": len(chosen)}]
         found = replace(found, train=replace(found.train, dataset=chosen))
     return encode(
-        found, spec, config=config, processor=processor, reserved=reserved, padding_free=padding_free, verbose=verbose
+        found,
+        spec,
+        config=config,
+        processor=processor,
+        reserved=reserved,
+        longest=longest,
+        padding_free=padding_free,
+        verbose=verbose,
     )
 
 
@@ -105,6 +114,7 @@ def encode(
     config: Any,
     processor: Any,
     reserved: int = 0,
+    longest: int | None = None,
     padding_free: bool = False,
     verbose: bool = False,
 ) -> Encoded:
@@ -119,12 +129,12 @@ def encode(
     if found.task == "image-classification":
         return _pictures(found, config, processor)
     with progress(verbose):
-        return _tokens(found, spec, config, processor, reserved, padding_free)
+        limit = token_limit(config, spec.max_length, reserved, longest)
+        return _tokens(found, spec, config, processor, limit, padding_free)
 
 
-def _tokens(found: Gathered, spec: DataSpec, config: Any, tokenizer: Any, reserved: int, padding_free: bool) -> Encoded:
+def _tokens(found: Gathered, spec: DataSpec, config: Any, tokenizer: Any, limit: Limit, padding_free: bool) -> Encoded:
     place = Path(found.folder.name)
-    limit = token_limit(config, spec.max_length, reserved)
     report = {**found.report, "limit": {"tokens": limit.tokens, "from": limit.origin}}
     notes: list[str] = list(report["notes"])
     pad = tokenizer.pad_token_id

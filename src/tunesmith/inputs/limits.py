@@ -33,16 +33,24 @@ def positions(config: Any) -> int | None:
     return found - (config.pad_token_id or 0) - 1 if config.model_type in _OFFSET else found
 
 
-def token_limit(config: Any, max_length: int, reserved: int = 0) -> Limit:
-    """The smaller of `data.max_length` and what the model leaves after `reserved` virtual tokens.
+def token_limit(config: Any, max_length: int, reserved: int = 0, longest: int | None = None) -> Limit:
+    """The smallest of `data.max_length`, what the model leaves after `reserved` virtual tokens, and `longest`.
+
+    Args:
+        config: Of the model.
+        max_length: The user's limit.
+        reserved: Virtual tokens that prompts put before a row.
+        longest: The longest row that a prompt was made for, virtual tokens left out; None where it takes any.
 
     Raises:
         DataError: nothing is left.
     """
-    own = positions(config)
-    if own is None or max_length <= own - reserved:
-        return Limit(max_length, "data.max_length")
-    less = f", less {reserved} virtual tokens of prompts" if reserved else ""
-    if own - reserved < 2:
-        raise DataError(f"The model takes {own} tokens{less}: that leaves no room for rows.")
-    return Limit(own - reserved, f"the model's own limit of {own}{less}")
+    limits = [Limit(max_length, "data.max_length")]
+    if (own := positions(config)) is not None:
+        less = f", less {reserved} virtual tokens of prompts" if reserved else ""
+        if own - reserved < 2:
+            raise DataError(f"The model takes {own} tokens{less}: that leaves no room for rows.")
+        limits.append(Limit(own - reserved, f"the model's own limit of {own}{less}"))
+    if longest is not None:
+        limits.append(Limit(longest, "the longest row that the prompt is made for"))
+    return min(limits, key=lambda limit: limit.tokens)

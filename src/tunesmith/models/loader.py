@@ -242,8 +242,8 @@ def attach_adapter(model: nn.Module, folder: str, trainable: bool = False) -> nn
         return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
-            f"the adapter in {folder} does not fit {type(model).__name__}: {str(error).splitlines()[0]} It was made for "
-            "another base model."
+            f"the adapter in {folder} does not fit {type(model).__name__}: {str(error).splitlines()[0]} It was made "
+            "for another base model."
         ) from None
 
 

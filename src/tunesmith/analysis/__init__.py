@@ -1,0 +1,1 @@
+"""What happened inside a model: one analysis per file."""

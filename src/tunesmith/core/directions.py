@@ -1,0 +1,268 @@
+"""Random directions that are addressed by a seed, never stored: adding them, probing along them, replaying a run.
+
+z(seed) is a standard normal number for every entry of a list of tensors. It is drawn block by block, each block from a
+generator seeded with (seed, position of the tensor, number of the block): the same whatever was drawn before, whichever
+tensors train, and in every process. What exists at a time is one block, however large a tensor is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tunesmith.core.files import staged_file
+from tunesmith.core.seeds import seed_of
+from tunesmith.errors import CheckpointError
+
+BLOCK_SIZE = 2**22
+"""Numbers in a block: 16 MiB of noise."""
+Noise = Literal["device", "cpu"]
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FORMAT = "tunesmith.trace/1"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The loss on both sides of a point.
+
+    Attributes:
+        seed: Of the direction.
+        plus: Loss at theta + eps z, ().
+        minus: Loss at theta - eps z, ().
+        coefficient: (plus - minus) / (2 eps), rounded to float32 so that a trace holds exactly what was applied.
+    """
+
+    seed: int
+    plus: Tensor
+    minus: Tensor
+    coefficient: float
+
+
+class Directions:
+    """The tensors that a direction runs through: those of the groups that require a gradient, tied ones once.
+
+    Args:
+        groups: Parameter groups, as an optimizer has them. A tensor's place in them is its address.
+        block_size: Numbers drawn at a time; part of the address, so it decides which numbers they are.
+        noise: Where they are drawn: on the tensor's `device`, or on the `cpu`, which gives the same numbers everywhere.
+    """
+
+    def __init__(
+        self, groups: Iterable[Mapping[str, Any]], *, block_size: int = BLOCK_SIZE, noise: Noise = "device"
+    ) -> None:
+        self.block_size, self.noise = block_size, noise
+        self._entries: list[tuple[int, int, Tensor]] = []
+        self._parts: list[tuple[int, int, int, Tensor]] = []
+        self._generators: dict[torch.device, torch.Generator] = {}
+        seen: set[int] = set()
+        place = 0
+        for index, group in enumerate(groups):
+            for p in group["params"]:
+                if p.requires_grad and p.data_ptr() not in seen:
+                    self._entries.append((place, index, p.detach()))
+                    seen.add(p.data_ptr())
+                place += 1
+        for place, index, tensor in self._entries:
+            # A view that is not contiguous cannot be flattened in place; such a tensor is one block.
+            parts = tensor.view(-1).split(block_size) if tensor.is_contiguous() else (tensor,)
+            self._parts += [(place, number, index, part) for number, part in enumerate(parts)]
+
+    def _blocks(self, seed: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Of every block: the group, the numbers (a view), and the direction there in float32.
+
+        All blocks are drawn into one buffer: use what is yielded before the next one.
+        """
+        largest = max((part.numel() for *_, part in self._parts), default=0)
+        buffers: dict[torch.device, Tensor] = {}
+        for place, number, group, part in self._parts:
+            device = torch.device("cpu") if self.noise == "cpu" else part.device
+            if device not in self._generators:
+                self._generators[device] = torch.Generator(device=device)
+            if device not in buffers:
+                buffers[device] = torch.empty(largest, device=device)
+            generator = self._generators[device].manual_seed(seed_of(seed, place, number))
+            z = buffers[device][: part.numel()].normal_(generator=generator).view(part.shape)
+            yield group, part, z.to(part.device)
+
+    @torch.no_grad()
+    def add_(self, seed: int, scale: float | Sequence[float], *, times: int = 1) -> None:
+        """theta <- theta + scale z(seed), rounded once to theta's dtype; `times` times, each with its own rounding.
+
+        Args:
+            scale: For all tensors, or one per group.
+        """
+        for group, part, z in self._blocks(seed):
+            step = z.mul_(scale if isinstance(scale, int | float) else scale[group])
+            for _ in range(times):
+                _move(part, step)
+
+    @torch.no_grad()
+    def shrink_(self, rates: Sequence[float]) -> None:
+        """theta <- (1 - rate) theta, one rate per group."""
+        for _, group, tensor in self._entries:
+            if rates[group]:
+                tensor.mul_(1 - rates[group])
+
+    @torch.no_grad()
+    def probe(self, closure: Callable[[], Tensor], seed: int, eps: float, *, exact: bool = False) -> Probe:
+        """Measure the loss at theta + eps z and theta - eps z, then go back to theta, also if the closure raises.
+
+        The way is four equal steps, + - - +, and not + 2 +: a step of the same size is rounded to the same multiple of
+        the last place on the way back, so the way closes except where theta changes its power of two in between.
+
+        Args:
+            closure: Returns the loss, (); it must be the same function both times.
+            exact: Close the way bit for bit: the numbers that would not come back are found beforehand and kept, at 6
+                to 12 bytes each, or their block is, whichever is less.
+        """
+        kept = list(self._astray(seed, eps)) if exact else []
+        self.add_(seed, eps)
+        try:
+            try:
+                plus = closure()
+            finally:
+                self.add_(seed, -eps, times=2)
+            minus = closure()
+        finally:
+            self.add_(seed, eps)
+            for part, where, values in kept:
+                if where is None:
+                    part.copy_(values)
+                else:
+                    part[where.long()] = values
+        slope = torch.tensor((float(plus) - float(minus)) / (2 * eps), dtype=torch.float32)
+        return Probe(seed, plus.detach(), minus.detach(), float(slope))
+
+    def _astray(self, seed: int, eps: float) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        for _, part, z in self._blocks(seed):
+            step, end = z.mul_(eps), part.clone()
+            back = -step
+            for way in (step, back, back, step):
+                _move(end, way)
+            bits = _BITS[part.element_size()]
+            lost = (end.view(bits) != part.view(bits)).nonzero()
+            if len(lost) * (4 + part.element_size()) >= part.numel() * part.element_size() or part.dim() != 1:
+                yield part, None, part.clone()
+            elif len(lost):
+                yield part, lost[:, 0].int(), part[lost[:, 0]]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must agree for a seed to mean the same direction."""
+        shapes = [[place, group, list(t.shape), str(t.dtype)] for place, group, t in self._entries]
+        return {
+            "tensors": len(shapes),
+            "numbers": sum(t.numel() for *_, t in self._entries),
+            "digest": hashlib.blake2b(json.dumps(shapes).encode(), digest_size=8).hexdigest(),
+            "block_size": self.block_size,
+            "noise": self.noise,
+            "drawn_on": "cpu" if self.noise == "cpu" else ",".join(sorted({t.device.type for *_, t in self._entries})),
+        }
+
+
+def _move(part: Tensor, step: Tensor) -> None:
+    if part.dtype in (torch.float16, torch.bfloat16):
+        part.copy_(part.float().add_(step))
+    else:
+        part.add_(step)
+
+
+def _columns() -> dict[str, list[Any]]:
+    return {"seeds": [], "coefficients": [], "ends": [], "since": [], "rates": []}
+
+
+@dataclass
+class Trace:
+    """A run as the seeds that it tried and the coefficients that it found: theta_0 and this give theta_T.
+
+    Attributes:
+        fingerprint: Of the directions.
+        columns: Lists of numbers: `seeds` and `coefficients` of all probes; `ends`, for each step the number of probes
+            up to its end; `rates`, learning rates and then decays per group, each row valid from the step in `since`.
+    """
+
+    fingerprint: dict[str, Any]
+    columns: dict[str, list[Any]] = field(default_factory=_columns)
+
+    def record(self, moves: Sequence[tuple[int, float]], lr: Sequence[float], decay: Sequence[float]) -> None:
+        """Add one step: (seed, coefficient) of its probes, and the rates of the groups."""
+        kept, rates = self.columns, [*lr, *decay]
+        if not kept["rates"] or kept["rates"][-1] != rates:
+            kept["since"].append(len(kept["ends"]))
+            kept["rates"].append(rates)
+        kept["seeds"] += [seed for seed, _ in moves]
+        kept["coefficients"] += [coefficient for _, coefficient in moves]
+        kept["ends"].append(len(kept["seeds"]))
+
+    def replay_(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Turn the parameters that the run began with into those that it ended with, without a forward pass.
+
+        Raises:
+            CheckpointError: the tensors or the device are not those of the run.
+        """
+        was = self.fingerprint
+        directions = Directions(groups, block_size=was["block_size"], noise=was["noise"])
+        now = directions.fingerprint()
+        for key in was:
+            if was[key] != now[key]:
+                raise CheckpointError(
+                    f"the trace was recorded with {key} {was[key]!r} and cannot be replayed with {now[key]!r}; give "
+                    "the parameter groups of the run, on the same kind of device (or record with noise='cpu')"
+                )
+        kept, row, begin = self.columns, -1, 0
+        for step, end in enumerate(kept["ends"]):
+            if row + 1 < len(kept["since"]) and kept["since"][row + 1] == step:
+                row += 1
+            rates = kept["rates"][row]
+            half = len(rates) // 2
+            moves = list(zip(kept["seeds"][begin:end], kept["coefficients"][begin:end], strict=True))
+            descend_(directions, moves, rates[:half], rates[half:])
+            begin = end
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file: 16 bytes per step of one probe, and the rates where they change."""
+        kept = self.columns
+        tensors = {
+            "seeds": torch.tensor(kept["seeds"], dtype=torch.int64),
+            "coefficients": torch.tensor(kept["coefficients"], dtype=torch.float32),
+            "ends": torch.tensor(kept["ends"], dtype=torch.int32),
+            "since": torch.tensor(kept["since"], dtype=torch.int32),
+            "rates": torch.tensor(kept["rates"], dtype=torch.float64),
+        }
+        with staged_file(path) as staging:
+            save_file(tensors, staging, {"format": _FORMAT, "fingerprint": json.dumps(self.fingerprint)})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing or is not a trace.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = file.metadata() or {}
+                if meta.get("format") != _FORMAT:
+                    raise CheckpointError(f"{path}: expected a {_FORMAT} file, found the format {meta.get('format')!r}")
+                columns = {name: file.get_tensor(name).tolist() for name in _columns()}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: expected a {_FORMAT} file; it cannot be read ({error})") from error
+        return cls(json.loads(meta["fingerprint"]), columns)
+
+
+def descend_(
+    directions: Directions, moves: Sequence[tuple[int, float]], lr: Sequence[float], decay: Sequence[float]
+) -> None:
+    """theta <- (1 - decay) theta - lr sum_i c_i z(s_i), rates per group: the update of a run and of its replay."""
+    directions.shrink_(decay)
+    for seed, coefficient in moves:
+        directions.add_(seed, [-rate * coefficient for rate in lr])

@@ -1,0 +1,1 @@
+"""What is learned from: one method per file, a function from a data set to another."""

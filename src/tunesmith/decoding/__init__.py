@@ -1,0 +1,1 @@
+"""Next-token distributions: one method per file."""

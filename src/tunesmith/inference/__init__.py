@@ -1,0 +1,1 @@
+"""Faster forward passes: one method per file."""

@@ -1,0 +1,1 @@
+"""Checkpoints to a checkpoint: one method per file."""

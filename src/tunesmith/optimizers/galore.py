@@ -1,0 +1,150 @@
+"""GaLore: Adam on a rank-r projection of the gradient, while the weights stay full rank.
+
+Zhao, Zhang, Chen, Wang, Anandkumar and Tian, "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
+ICML 2024.
+
+    every T steps of a weight:  G = U S V^T,  Q = V^T[:r] if m >= n, else P = U[:, :r]                  (Definition 3.6)
+    R = G Q^T or P^T G,  N = Adam's M / (sqrt(V) + eps) of R,  W <- W - lr_k alpha N Q or P N             (Algorithm 2)
+
+The moments are neither reset nor rotated when the projection changes. Where we differ from the released code: the side
+is what was projected, not what the shape of the projected gradient suggests, which for `reverse_std`, m < n and r = m
+takes the wrong one; the moments of bf16 weights are float32, not bf16, and a checkpoint keeps them so; a zero or
+non-finite gradient at a refresh is an error, not a bad basis for T steps.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from tunesmith.core.gradspace import GradSpace, SingularSpace, SpaceAdamW
+from tunesmith.core.modelmap import block_linears
+from tunesmith.core.optimizer import decay_groups
+from tunesmith.core.part import part
+from tunesmith.errors import ModelError
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Projection = Literal["std", "reverse_std", "left", "right", "full"]
+
+
+@part(
+    paper="arXiv:2403.03507",
+    refuses={
+        "fsdp": "the singular vectors are of a whole matrix, and a sharded one is not whole on any process",
+        "adapters": "the weights under an adapter are frozen, so there is no gradient of theirs to project",
+        "prompts": "the weights under a prompt are frozen, so there is no gradient of theirs to project",
+    },
+)
+class GaLore(SpaceAdamW):
+    """AdamW with low-rank moments for matrices.
+
+    A group whose `rank` is None gets plain AdamW, and so does every tensor that is not 2-D; `groups` gives the weights
+    of the linear layers in the blocks a rank and everything else none. All options but `per_layer` can be set per
+    group.
+
+    Args:
+        params: Parameters or groups; `GaLore.groups(model)` makes them.
+        lr: Learning rate; that of the projected weights is in effect `lr * scale`.
+        weight_decay: Decoupled, after the update.
+        rank: r; at most the smaller side of a weight is used.
+        period: T, steps of a weight between two projections: 200 in the paper's pre-training, 500 in fine-tuning.
+        scale: alpha; 0.25 in pre-training, 4 for fine-tuning at rank 4.
+        proj_type: `std` projects the longer side's rows onto the shorter side's basis, `reverse_std` the other way,
+            `left`, `right` and `full` (both) whatever the shape. Sides are those of the stored tensor.
+        betas: Of Adam.
+        eps: Added to the root of the second moment before the bias correction.
+        bits: 8 keeps moments of 4096 numbers and more in 8 bits; needs bitsandbytes (`tunesmith[quant]`).
+        per_layer: Update inside the backward pass and free each gradient at once.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        rank: PositiveInt = 128,
+        period: PositiveInt = 200,
+        scale: PositiveFloat = 0.25,
+        proj_type: Projection = "std",
+        betas: tuple[Beta, Beta] = (0.9, 0.999),
+        eps: NonNegativeFloat = 1e-6,
+        bits: Literal[32, 8] = 32,
+        per_layer: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            bits=bits,
+            per_layer=per_layer,
+            rank=rank,
+            period=period,
+            scale=scale,
+            proj_type=proj_type,
+        )
+        self._tell_of_clipped_ranks()
+
+    @classmethod
+    def groups(cls, model: nn.Module, *, weight_decay: float = 0.0, **options: Any) -> list[dict[str, Any]]:
+        """The weights of the blocks' linear layers, projected; then all else in two groups of plain AdamW.
+
+        Raises:
+            ModelError: no weight of a linear layer in the blocks trains.
+        """
+        inside = {id(model.get_submodule(name).weight) for name in block_linears(model)}
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        projected = [(name, p) for name, p in named if id(p) in inside and p.dim() == 2]
+        if not projected:
+            raise ModelError(
+                f"GaLore projects the weights of the linear layers in the blocks, and in this {type(model).__name__} "
+                "none of them trains; unfreeze them (an adapter over frozen weights has nothing to project)"
+            )
+        taken = {id(p) for _, p in projected}
+        name_of = {id(p): name for name, p in named}
+        rest = decay_groups([(name, p) for name, p in named if id(p) not in taken], model, weight_decay)
+        for group in rest:
+            group["params"] = [(name_of[id(p)], p) for p in group["params"]]
+            group["rank"] = None
+        return [{"params": projected, "weight_decay": weight_decay}, *rest]
+
+    @staticmethod
+    def refusals(options: Mapping[str, Any]) -> dict[str, str]:
+        """What `per_layer` rules out."""
+        if not options.get("per_layer"):
+            return {}
+        at_once = "per_layer applies each gradient inside the backward pass and frees it"
+        return {
+            "gradient-accumulation": f"{at_once}, so micro-batches cannot be added up",
+            "ddp": f"{at_once}, before the processes have averaged it",
+            "gradient-clipping": f"{at_once}, so the norm over all of them is never known",
+        }
+
+    def space(self, p: Tensor, group: dict[str, Any]) -> GradSpace:
+        if group["rank"] is None or p.dim() != 2:
+            return GradSpace()
+        tall = p.shape[0] >= p.shape[1]
+        kind = group["proj_type"]
+        left = kind in ("left", "full") or kind == ("reverse_std" if tall else "std")
+        right = kind in ("right", "full") or kind == ("std" if tall else "reverse_std")
+        return SingularSpace(group["rank"], group["period"], group["scale"], left=left, right=right)
+
+    def _tell_of_clipped_ranks(self) -> None:
+        clipped = [
+            f"{tuple(p.shape)} with rank {group['rank']}"
+            for group in self.param_groups
+            for p in group["params"]
+            if group["rank"] is not None and p.dim() == 2 and group["rank"] > min(p.shape)
+        ]
+        if clipped:
+            warnings.warn(
+                f"GaLore: the rank is more than the smaller side of {len(clipped)} weights (the first: {clipped[0]}); "
+                "they use their smaller side, where the projection saves nothing. Lower `rank`.",
+                stacklevel=3,
+            )

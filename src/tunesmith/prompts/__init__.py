@@ -1,0 +1,1 @@
+"""Learned context: one method per file."""

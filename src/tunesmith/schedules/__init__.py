@@ -1,0 +1,1 @@
+"""What trains when: one method per file."""

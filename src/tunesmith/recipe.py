@@ -11,9 +11,10 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, model_validator
@@ -135,9 +136,8 @@ class Recipe(Section):
                     raise RecipeError(
                         f"{spec.name!r} replaces the objective; it is not a regulariser. Put it under `objective`."
                     )
-                weight = spec.options.get("weight", 1.0) if field == "regularisers" else 1.0
-                if isinstance(weight, bool) or not isinstance(weight, int | float):
-                    raise RecipeError(f"regularisers: the weight of {spec.name} must be a number, found {weight!r}")
+                if field == "regularisers":
+                    _check_weight(spec)
                 found.setdefault(field, []).append(Use(part, part.validate(options)))
         return found
 
@@ -276,6 +276,16 @@ def _set(content: dict[str, Any], path: str, value: Any) -> None:
     here[last] = value
 
 
+def _check_weight(spec: PartSpec) -> None:
+    weight = spec.options.get("weight", 1.0)
+    try:
+        found = math.nan if isinstance(weight, bool) else float(weight)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise RecipeError(f"regularisers: the weight of {spec.name} must be a number, found {weight!r}")
+
+
 def _check_known(field: str, name: str, known: Iterable[str]) -> None:
     names = list(known)
     if name not in names:
@@ -283,14 +293,22 @@ def _check_known(field: str, name: str, known: Iterable[str]) -> None:
 
 
 def _explain(error: PydanticError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    first, where = errors[0], _where(errors[0]["loc"])
     if first["type"] == "extra_forbidden":
         section = _section(first["loc"][:-1])
         known = list(section.model_fields) if section else []
         hint = did_you_mean(str(first["loc"][-1]), known)
         return f"there is no field {where!r}.{hint} Fields there: {', '.join(known)}."
-    message = first["msg"].removeprefix("Value error, ")
+    # A field of several types has an error for each, none of which says what it may be.
+    possible = dict.fromkeys(e["msg"].removeprefix("Value error, ") for e in errors if _where(e["loc"]) == where)
+    message = " or ".join(possible)
     return f"{where}: {message}, found {first['input']!r}." if where else message
+
+
+def _where(location: tuple[int | str, ...]) -> str:
+    """A field's dotted name, without what pydantic adds for the branches of a union (`bool`, `list[str]`)."""
+    return ".".join(str(key) for key in location if not (key in ("bool", "str") or "[" in str(key)))
 
 
 def _section(path: tuple[Any, ...]) -> type[BaseModel] | None:

@@ -123,7 +123,8 @@ class TrainSpec(Section):
     batch_size: PositiveInt = Field(8, description="Rows per process and micro-batch.")
     gradient_accumulation: PositiveInt = Field(1, description="Micro-batches per optimizer step.")
     learning_rate: PositiveFloat | None = Field(
-        None, description="Peak; None: 2e-4 with adapters or prompts, 2e-5 without."
+        None,
+        description="Peak; None: 2e-4 with adapters or prompts, 2e-5 without (2e-3 and 5e-4 for the embedded models).",
     )
     weight_decay: NonNegativeFloat = Field(0.0, description="Not applied to biases and normalisations.")
     lr_schedule: str = Field("linear", description="Any `lr_scheduler_type` of transformers.")

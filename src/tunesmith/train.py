@@ -96,7 +96,7 @@ class _Run:
         measurer = Measurer(self.recipe, self.built.data, self.retained, self.processor, self.task)
         before = self._before(measurer)
         trainer, meters, stop = self._trainer()
-        with peak_memory() as peak:
+        with stop, peak_memory() as peak:
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         if stop.signal is not None:
             raise InterruptedRunError(

@@ -103,3 +103,12 @@ def test_a_loss_that_does_not_reach_a_layer_is_an_error() -> None:
 
     with pytest.raises(ModelError, match="got no gradient"):
         collect(model, [LAYERS["llama"]], [batch("llama")], want=("gradient",), loss=loss)
+
+
+def test_gradients_do_not_depend_on_how_rows_are_batched() -> None:
+    model, whole = tiny("llama"), batch("llama")
+    whole["labels"] = whole["input_ids"].clone()
+    whole["labels"][0, :-2] = -100  # rows with unequal numbers of labels
+    rows = [{key: value[i : i + 1] for key, value in whole.items()} for i in range(len(whole["input_ids"]))]
+    at_once, singly = (collect(model, [LAYERS["llama"]], b, want=("gradient",)) for b in ([whole], rows))
+    torch.testing.assert_close(at_once, singly, atol=1e-6, rtol=1e-4)

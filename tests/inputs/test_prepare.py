@@ -128,11 +128,11 @@ def test_bad_rows_of_both_passes_are_in_the_report(write: Write, roomy: Any, emb
 def test_the_embedded_data(roomy: Any, embedded: Any) -> None:
     train, held_out = inputs.default_data(3)
     counts = [[rows["family"][:].count(name) for name in ("tools", "docstrings")] for rows in (train, held_out)]
-    assert counts == [[1500, 300], [200, 60]]
+    assert counts == [[1000, 300], [200, 60]]
     assert train.to_list() == inputs.default_data(3)[0].to_list()
     assert not set(train["prompt"][:]) & set(held_out["prompt"][:])
     found = prepare(roomy, embedded, split_seed=3)
-    assert (len(found.train), len(found.eval)) == (1800, 260)
+    assert (len(found.train), len(found.eval)) == (1300, 260)
     assert set(found.eval["group"]) == {"tools", "docstrings"}
     assert found.report["train"]["lengths"]["p100"] <= 512
     assert found.report["sources"]["train"]["name"] == "the embedded data"

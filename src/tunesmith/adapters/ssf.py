@@ -67,9 +67,6 @@ class SSF(Adapter):
         return self.shift if scaled is None else scaled + self.shift.to(scaled.dtype)
 
     def forward(self, x: Tensor, below: Below) -> Tensor:
-        if self.layer.kind == "norm":
-            # Which dimension holds the channels depends on the norm; its own forward knows.
-            return super().forward(x, below)
         y = below(x)
         around = [1] * y.dim()
         around[self.layer.channel_dim] = -1

@@ -9,7 +9,7 @@ import typer
 SLUG = typer.Argument(help="A part of the room `analysis`.")
 MODEL = typer.Option(..., "--model", help="The tuned model: a model or adapter folder, the folder of a run.")
 BASE = typer.Option(None, "--base", help="The model that it was tuned from; an adapter names its own.")
-OUTPUT = typer.Option(None, "--output", help="Folder for report.json and report.html.")
+OUTPUT = typer.Option(None, "--output", file_okay=False, help="Folder for report.json and report.html.")
 SET = typer.Option(None, "--set", metavar="OPTION=VALUE", help="An option of the analysis.")
 
 

@@ -22,12 +22,13 @@ def catalog(room: str | None = ROOM, as_json: bool = JSON) -> None:
         typer.echo(json.dumps([{f: getattr(p, f) for f in fields} for p in chosen], indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     for r in rooms:
         table = Table("name", "what it does", "paper", title=f"{r}: {ROOMS[r]}", title_justify="left", expand=True)
         for part in register.in_room(r):
-            table.add_row(part.slug, part.title, part.paper.removeprefix("arXiv:"))
+            table.add_row(part.slug, escape(part.title), part.paper.removeprefix("arXiv:"))
         console.print(table)
     console.print(f"{len(chosen)} parts. `tunesmith show NAME` explains one.", highlight=False)

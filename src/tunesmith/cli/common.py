@@ -9,17 +9,30 @@ import yaml
 from tunesmith.errors import RecipeError
 
 
-def assignments(given: list[str] | None, what: str = "--set") -> dict[str, Any]:
-    """`["a.b=1", "c=[x, y]"]` as `{"a.b": 1, "c": ["x", "y"]}`; values are YAML.
+def texts(given: list[str] | None, what: str, example: str) -> dict[str, str]:
+    """`["a=b"]` as `{"a": "b"}`; the values as they were typed.
+
+    Raises:
+        RecipeError: one is not `name=value`, or a name was given twice.
+    """
+    found: dict[str, str] = {}
+    for text in given or []:
+        name, value = _split(text, what, example)
+        if name in found:
+            raise RecipeError(f"{what} {text}: {name} was given before, as {found[name]}; give it once")
+        found[name] = value
+    return found
+
+
+def assignments(given: list[str] | None) -> dict[str, Any]:
+    """`["a.b=1", "c=[x, y]"]` as `{"a.b": 1, "c": ["x", "y"]}`; values are YAML, and the last of a name counts.
 
     Raises:
         RecipeError: one is not `name=value`.
     """
     found: dict[str, Any] = {}
     for text in given or []:
-        name, sign, value = text.partition("=")
-        if not sign or not name:
-            raise RecipeError(f"{what} {text}: expected NAME=VALUE, such as {what} train.steps=200")
+        name, value = _split(text, "--set", "train.steps=200")
         try:
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -28,6 +41,13 @@ def assignments(given: list[str] | None, what: str = "--set") -> dict[str, Any]:
         if isinstance(found[name], str):
             found[name] = _number(found[name])
     return found
+
+
+def _split(text: str, what: str, example: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise RecipeError(f"{what} {text}: expected NAME=VALUE, such as {what} {example}")
+    return name, value
 
 
 def _number(text: str) -> Any:

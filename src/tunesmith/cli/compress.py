@@ -10,8 +10,8 @@ MODEL = typer.Option(..., "--model", help="A model folder, the folder of a run, 
 METHOD = typer.Option(..., "--method", help="A part of the room `compression`.")
 OUTPUT = typer.Option(..., "--output", help="Folder for the compressed model.")
 DATA = typer.Option(None, "--data", help="Calibration rows, as for `tunesmith train`; the embedded ones if not given.")
-ROWS = typer.Option(128, "--rows", help="How many calibration rows to use.")
-LENGTH = typer.Option(512, "--max-length", help="Of a calibration row, in tokens.")
+ROWS = typer.Option(128, "--rows", min=1, help="How many calibration rows to use.")
+LENGTH = typer.Option(512, "--max-length", min=1, help="Of a calibration row, in tokens.")
 SET = typer.Option(None, "--set", metavar="OPTION=VALUE", help="An option of the method.")
 
 

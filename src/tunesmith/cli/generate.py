@@ -11,9 +11,11 @@ MODEL = typer.Argument(help="An embedded model, a model or adapter folder, the f
 PROMPT = typer.Option(None, "--prompt", help="The prompt; without it (and --file), standard input is read.")
 FILE = typer.Option(None, "--file", help="JSONL with a `prompt` per line; answers are written as JSONL.")
 CHAT = typer.Option(False, "--chat", help="Put the prompt through the chat template.")
-TOKENS = typer.Option(128, "--max-new-tokens", help="At most so many new tokens.")
-TEMPERATURE = typer.Option(0.0, "--temperature", help="0 is greedy.")
-TOP_P = typer.Option(1.0, "--top-p", help="Nucleus of the sampling.")
+TOKENS = typer.Option(
+    128, "--max-new-tokens", min=1, help="At most so many new tokens, and no more than the model has places for."
+)
+TEMPERATURE = typer.Option(0.0, "--temperature", min=0.0, help="0 is greedy.")
+TOP_P = typer.Option(1.0, "--top-p", min=0.0, max=1.0, help="Nucleus of the sampling.")
 SEED = typer.Option(0, "--seed", help="Of the sampling.")
 WITH = typer.Option(None, "--with", help="A part of `decoding` or `inference`, such as proxy-tuning.")
 EXPERT = typer.Option(None, "--expert", help="Helper model of --with.")
@@ -38,14 +40,12 @@ def generate(
     settings: list[str] | None = SET,
 ) -> None:
     """Generate with a model, plainly or with a method of `decoding` or `inference`."""
-    from tunesmith.cli.common import assignments, quiet
+    from tunesmith.cli.common import assignments, quiet, texts
     from tunesmith.engine.generation import Request, answer, prompts_of
 
-    helpers = {**assignments(helper, "--helper")}
-    if expert:
-        helpers["expert"] = expert
-    if anti_expert:
-        helpers["anti_expert"] = anti_expert
+    short = {"expert": expert, "anti_expert": anti_expert}
+    named = [f"{role}={name}" for role, name in short.items() if name is not None]
+    helpers = texts([*(helper or []), *named], "--helper", "judge=MODEL")
     quiet()
     prompts = prompts_of(prompt, file, sys.stdin)
     request = Request(

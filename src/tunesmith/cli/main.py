@@ -43,7 +43,7 @@ def _root(
 def main() -> None:
     """Run the command line; a mistake in the input is a message and status 2, never a traceback."""
     try:
-        app()
+        app(prog_name="tunesmith")
     except TunesmithError as error:
         from rich.console import Console
 

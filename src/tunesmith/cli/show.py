@@ -22,7 +22,8 @@ def show(slug: str = SLUG, as_json: bool = JSON) -> None:
     refuses = dict(part.refuses)
     if as_json:
         options = [
-            {"name": o.name, "type": o.type_name, "default": None if o.required else o.default, "help": o.help}
+            {"name": o.name, "type": o.type_name, "help": o.help}
+            | ({"required": True} if o.required else {"required": False, "default": o.default})
             for o in part.options.values()
         ]
         content: dict[str, Any] = {"slug": slug, "room": part.room, "paper": part.paper, "doc": part.doc}
@@ -31,6 +32,7 @@ def show(slug: str = SLUG, as_json: bool = JSON) -> None:
         return
     from rich.console import Console
     from rich.markdown import Markdown
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -40,13 +42,13 @@ def show(slug: str = SLUG, as_json: bool = JSON) -> None:
         table = Table("option", "type", "default", "meaning", title="\noptions", title_justify="left")
         for option in part.options.values():
             default = "required" if option.required else str(option.default)
-            table.add_row(option.name, option.type_name, default, option.help)
+            table.add_row(option.name, *(escape(text) for text in (option.type_name, default, option.help)))
         console.print(table)
     says = [TAGS[tag] for tag in part.tags]
     if says:
         console.print(f"It {'; '.join(says)}.", highlight=False)
     for key, reason in refuses.items():
-        console.print(f"Not with {SETTING_TAGS.get(key, TAGS.get(key, key))}: {reason}.", highlight=False)
+        console.print(f"Not with {SETTING_TAGS.get(key, TAGS.get(key, key))}: {reason}.", highlight=False, markup=False)
     if not refuses:
         console.print("It refuses no other part or setting.", highlight=False)
     console.print(Markdown(results.summary(part.slug, evidence)))

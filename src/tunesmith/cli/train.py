@@ -77,6 +77,7 @@ def train(
 def _list_fields() -> None:
     from pydantic import BaseModel
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from tunesmith.recipe import Recipe
@@ -91,7 +92,7 @@ def _list_fields() -> None:
                 walk(kind, f"{prefix}{name}.")
             else:
                 shown = default.name if isinstance(default, BaseModel) else default
-                table.add_row(f"{prefix}{name}", str(shown), field.description or "")
+                table.add_row(f"{prefix}{name}", escape(str(shown)), escape(field.description or ""))
 
     walk(Recipe, "")
     Console().print(table)

@@ -22,6 +22,9 @@ from tunesmith.errors import ModelError
 KINDS = ("linear", "conv", "embedding", "norm")
 
 
+_CHANNELS_FIRST = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """What an adapter may know of its layer before it sees the weight.
@@ -37,6 +40,8 @@ class LayerSpec:
         quantized: Whether the stored weight is codes.
         groups: Of a convolution; 1 elsewhere.
         unit_offset: 1.0 for a norm that stores its factor minus one, else 0.0.
+        channel_dim: The dimension of the layer's OUTPUT that holds its channels: 1 for convolutions and the norms that
+            go with them, the last elsewhere.
     """
 
     name: str
@@ -49,16 +54,12 @@ class LayerSpec:
     quantized: bool = False
     groups: int = 1
     unit_offset: float = 0.0
+    channel_dim: int = -1
 
     @property
     def out_features(self) -> int:
         """Channels of the output: rows of a linear or convolution weight, columns of an embedding's."""
         return self.shape[-1] if self.kind in ("embedding", "norm") else self.shape[0]
-
-    @property
-    def channel_dim(self) -> int:
-        """The dimension of the layer's OUTPUT that holds its channels: 1 for a convolution, the last elsewhere."""
-        return 1 if self.kind == "conv" else -1
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -109,6 +110,7 @@ def describe(module: nn.Module, name: str) -> LayerSpec:
         quantized=quantized,
         groups=getattr(module, "groups", 1),
         unit_offset=offset,
+        channel_dim=1 if kind == "conv" or isinstance(module, _CHANNELS_FIRST) else -1,
     )
 
 

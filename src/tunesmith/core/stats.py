@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tunesmith.core.layer import LayerSpec, describe
+from tunesmith.core.loss import IGNORED, count_labels
 from tunesmith.errors import ModelError, TunesmithError
 
 STATISTICS = {
@@ -33,8 +34,18 @@ Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The loss that a transformers model returns for a batch with labels."""
+    """The loss that a transformers model returns for a batch with labels, a mean over them."""
     return model(**batch).loss
+
+
+def _weight(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """What the loss of a batch is a mean over: its labels; 1 for a batch that has none."""
+    labels = batch.get("labels")
+    if labels is None or labels.is_floating_point():
+        return 1 if labels is None else len(labels)
+    # transformers names the loss of some causal models nowhere, and then takes this one.
+    causal = getattr(model, "loss_type", None) in (None, "ForCausalLM") and "input_ids" in batch
+    return int(count_labels(batch) if causal else (labels != IGNORED).sum())
 
 
 def collect(
@@ -53,7 +64,8 @@ def collect(
         names: Dotted paths of the layers.
         batches: Keyword arguments of the model, each a batch; more than one row and padding are handled.
         want: Names from `STATISTICS`.
-        loss: `(model, batch) -> scalar`, for the gradient.
+        loss: `(model, batch) -> scalar`, a mean over the batch's labels, for the gradient; batches weigh by their
+            labels, so that it does not matter how rows are batched.
         layers_per_pass: Bound on the layers whose sums are held at a time.
 
     Returns:
@@ -99,12 +111,12 @@ def _one_pass(
             for batch in batches:
                 mask_holder["mask"] = batch.get("attention_mask")
                 if gradients:
-                    value = loss(model, batch)
+                    value, size = loss(model, batch), _weight(model, batch)
+                    count += size
                     if value.requires_grad:
-                        value.backward()
+                        (value * size).backward()
                 else:
                     model(**batch)
-                count += 1
     return {name: _finish(name, sums[name], want, count) for name in names}
 
 

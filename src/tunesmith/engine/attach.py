@@ -27,6 +27,7 @@ def attach(model: nn.Module, recipe: Recipe, uses: Mapping[str, Sequence[Use]], 
         ModelError: a part matches no layer of the model, or cannot change one that it was given, or nothing trains.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft.utils.error import NoMatchingPeftModuleError
 
     if not recipe.full:
         if recipe.model.quantization != "none":
@@ -44,7 +45,10 @@ def attach(model: nn.Module, recipe: Recipe, uses: Mapping[str, Sequence[Use]], 
             for spec, use in zip(recipe.adapters, uses.get("adapters", []), strict=True)
         ]
         configs += [adapter(use.part.slug, **common, **dict(use.options)) for use in uses.get("prompts", [])]
-        model = get_peft_model(model, stack(*configs))
+        try:
+            model = get_peft_model(model, stack(*configs))
+        except NoMatchingPeftModuleError as error:
+            raise ModelError(f"{_names(recipe)}: {error} {_layers(model)}") from None
         for config in model.peft_config.values():
             config.base_model_name_or_path = base_name(recipe.model.name)
     trained, whole = meters.trainable(model)
@@ -53,6 +57,16 @@ def attach(model: nn.Module, recipe: Recipe, uses: Mapping[str, Sequence[Use]], 
             f"nothing trains: all {whole:,} numbers of {type(model).__name__} are frozen. Name an adapter."
         )
     return model
+
+
+def _names(recipe: Recipe) -> str:
+    return " + ".join(spec.name for spec in recipe.adapters)
+
+
+def _layers(model: nn.Module) -> str:
+    """The last parts of the names of the layers that hold a matrix, as a hint."""
+    named = (name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight"))
+    return f"The layers of {type(model).__name__}: {', '.join(dict.fromkeys(named))}."
 
 
 def base_name(name: str) -> str:

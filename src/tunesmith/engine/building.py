@@ -28,8 +28,8 @@ from tunesmith.models.loader import Task
 from tunesmith.objectives.sft import SFT
 from tunesmith.recipe import Recipe
 
-STATISTICS_BATCHES = 8
-"""Batches that adapters which start from statistics of the data are given."""
+STATISTICS_ROWS = 64
+"""Training rows, taken evenly, that adapters which start from statistics of the data are given."""
 
 Uses = Mapping[str, Sequence[Use]]
 
@@ -117,7 +117,11 @@ def _laid_out(built: Built, recipe: Recipe, uses: Uses) -> Built:
 
 
 def _initialise(built: Built, size: int) -> None:
-    rows = [built.data.train[i] for i in range(min(size * STATISTICS_BATCHES, len(built.data.train)))]
+    count = len(built.data.train)
+    chosen = (
+        range(count) if count <= STATISTICS_ROWS else (i * count // STATISTICS_ROWS for i in range(STATISTICS_ROWS))
+    )
+    rows = [built.data.train[i] for i in chosen]
     batches = [built.data.collator(rows[i : i + size]) for i in range(0, len(rows), size)]
     device = next(built.model.parameters()).device
     initialise(built.model, [packing.to_device(batch, device) for batch in batches])

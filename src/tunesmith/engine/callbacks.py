@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -34,18 +35,23 @@ class Meters(TrainerCallback):
 
 
 class StopCleanly(TrainerCallback):
-    """On the first SIGINT or SIGTERM: finish the step, write a checkpoint, stop. On the second: stop at once."""
+    """On the first SIGINT or SIGTERM: finish the step, write a checkpoint, stop. On the second: stop at once.
+
+    A callback, and the context in which to train: signals are caught inside of it.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def __enter__(self) -> StopCleanly:
         for number in (signal.SIGINT, signal.SIGTERM):
-            try:
+            with suppress(ValueError):  # not the main thread: whoever owns the signals keeps them
                 self._previous[number] = signal.signal(number, self._caught)
-            except ValueError:  # not the main thread: whoever owns the signals keeps them
-                return
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
@@ -58,9 +64,6 @@ class StopCleanly(TrainerCallback):
         if self.signal is not None:
             control.should_save = True
             control.should_training_stop = True
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._restore()
 
     def _restore(self) -> None:
         for number, previous in self._previous.items():

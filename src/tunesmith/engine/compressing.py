@@ -9,6 +9,7 @@ from tunesmith.core.compression import Compressor
 from tunesmith.core.files import staged_folder
 from tunesmith.core.report import Report
 from tunesmith.engine.batches import calibration
+from tunesmith.engine.save import check_output
 from tunesmith.models.loader import load_model
 
 
@@ -19,7 +20,9 @@ def compress_model(
 
     Raises:
         ModelError, DataError: as loading and reading raise them; nothing is written then.
+        CheckpointError: as `check_output`.
     """
+    check_output(output)
     loaded = load_model(name, merge=True)
     batches = calibration(loaded, data, rows, max_length)
     found = method(loaded.model, batches)

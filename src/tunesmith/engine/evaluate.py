@@ -115,9 +115,26 @@ def question(row: dict[str, Any], task: Task) -> tuple[list[int], list[int]] | N
 
 @torch.no_grad()
 def answers(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], *, max_new_tokens: int, batch_size: int, task: Task
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    task: Task,
+    limit: int | None = None,
 ) -> list[str]:
-    """Greedy answers to prompts given as token ids; text without special tokens."""
+    """Greedy answers to prompts given as token ids; text without special tokens.
+
+    Args:
+        model: That generates.
+        tokenizer: Its tokenizer.
+        prompts: Token ids of each.
+        max_new_tokens: Of an answer.
+        batch_size: Prompts at a time.
+        task: Of the model.
+        limit: Tokens that the model has places for, a decoder's prompt and answer together; None for no limit.
+    """
     was = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -130,10 +147,11 @@ def answers(
         length = max(len(prompts[i]) for i in chosen)
         ids = torch.tensor([[pad] * (length - len(prompts[i])) + list(prompts[i]) for i in chosen])
         mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
+        room = max_new_tokens if limit is None or task == "seq2seq" else max(min(max_new_tokens, limit - length), 1)
         out = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room,
             do_sample=False,
             num_beams=1,
             pad_token_id=pad,

@@ -12,7 +12,9 @@ import torch
 
 from tunesmith import catalog
 from tunesmith.core.decoding import build
+from tunesmith.core.prompt import Prompt
 from tunesmith.errors import DataError, ModelError, RecipeError
+from tunesmith.inputs.limits import positions
 from tunesmith.models.loader import Loaded, load_model
 
 
@@ -36,6 +38,8 @@ def prompts_of(prompt: str | None, file: Path | None, stdin: TextIO) -> list[str
     Raises:
         DataError: a line of the file has no text under `prompt`, or there is nothing to answer.
     """
+    if prompt is not None and file is not None:
+        raise DataError(f"--prompt and --file {file} both give prompts; give one of them")
     if prompt is not None:
         return [prompt]
     if file is None:
@@ -45,8 +49,13 @@ def prompts_of(prompt: str | None, file: Path | None, stdin: TextIO) -> list[str
         return [text]
     if not file.is_file():
         raise DataError(f"there is no file {file}")
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text: {error}") from None
     prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: JSON allows the other characters that Unicode ends lines with inside a string.
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -56,6 +65,8 @@ def prompts_of(prompt: str | None, file: Path | None, stdin: TextIO) -> list[str
         if not isinstance(found, str):
             raise DataError(f"{file}:{number}: field 'prompt': expected text, found a {type(found).__name__}")
         prompts.append(found)
+    if not prompts:
+        raise DataError(f'{file} has no prompts; expected a line such as {{"prompt": "..."}} for each')
     return prompts
 
 
@@ -65,6 +76,7 @@ def answer(name: str, prompts: list[str], request: Request) -> list[str]:
     Raises:
         ModelError: the model does not generate text.
         RecipeError: a part that does not exist, or a helper model that it needs is missing.
+        DataError: a prompt without tokens, or longer than the model takes.
     """
     loaded = load_model(name)
     if loaded.task not in ("causal-lm", "seq2seq"):
@@ -84,6 +96,11 @@ def _method(loaded: Loaded, request: Request) -> tuple[Any, Any]:
         return None, None
     part = catalog.get(request.method)
     if part.room == "decoding":
+        if part.target.roles and loaded.task == "seq2seq":
+            raise RecipeError(
+                f"{part.slug} asks helper models that read what {loaded.source} wrote, and those do not see the prompt "
+                "of an encoder-decoder; take a causal language model"
+            )
         missing = [role for role in part.target.roles if role not in request.helpers]
         if missing:
             flags = ", ".join(f"--helper {role}=MODEL" for role in missing)
@@ -92,6 +109,8 @@ def _method(loaded: Loaded, request: Request) -> tuple[Any, Any]:
         helpers = {role: (one.model, one.processor) for role, one in held.items()}
         return build(part.slug, loaded.model, loaded.processor, helpers, **request.options), None
     if part.room == "inference":
+        if request.helpers:
+            raise RecipeError(f"{part.slug} takes no helper models; given {', '.join(request.helpers)}")
         inference = part.target(**part.validate(request.options))
         inference.attach(loaded.model)
         return None, inference
@@ -109,13 +128,29 @@ def _one(loaded: Loaded, prompt: str, request: Request, processors: Any) -> str:
     else:
         given = tokenizer(prompt, return_tensors="pt")
     given = {k: v.to(loaded.model.device) for k, v in given.items() if k in ("input_ids", "attention_mask")}
+    room = _room(loaded, given["input_ids"].shape[1], request.max_new_tokens)
     sampling: dict[str, Any] = {"do_sample": False}
     if request.temperature > 0:
         sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
     torch.manual_seed(request.seed)
     with torch.no_grad():
-        out = loaded.model.generate(
-            **given, max_new_tokens=request.max_new_tokens, logits_processor=processors, **sampling
-        )
+        out = loaded.model.generate(**given, max_new_tokens=room, logits_processor=processors, **sampling)
     start = 0 if loaded.task == "seq2seq" else given["input_ids"].shape[1]
     return tokenizer.decode(out[0, start:], skip_special_tokens=True)
+
+
+def _room(loaded: Loaded, length: int, wanted: int) -> int:
+    """How many tokens the model can add to a prompt of `length`."""
+    if not length:
+        raise DataError("the prompt is empty: the model has nothing to go on from")
+    limit = positions(loaded.model.config)
+    if limit is None:
+        return wanted
+    limit -= sum(module.length for module in loaded.model.modules() if isinstance(module, Prompt))
+    if loaded.task == "seq2seq":
+        free, fits = limit, length <= limit
+    else:
+        free, fits = limit - length, length < limit
+    if not fits:
+        raise DataError(f"the prompt has {length} tokens, and {loaded.source} has places for {limit}; shorten it")
+    return min(wanted, free)

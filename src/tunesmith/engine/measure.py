@@ -57,6 +57,7 @@ class Measurer:
             max_new_tokens=self.recipe.report.max_new_tokens,
             batch_size=max(size, 16),
             task=self.task,
+            limit=self.data.limit,
         )
         for (i, (prompt, expected)), text in zip(asked, texts, strict=True):
             entry = {"row": i, "prompt": decode(prompt), "expected": decode(expected, skip_special_tokens=True)}

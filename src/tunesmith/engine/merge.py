@@ -17,6 +17,7 @@ from tunesmith.core.merging import Judges, Merge, State, merged
 from tunesmith.core.statedict import Checkpoint, load_into, write
 from tunesmith.engine import evaluate
 from tunesmith.engine.batches import BATCH, encoded
+from tunesmith.engine.save import check_output
 from tunesmith.engine.subjects import base_of, checkpoint
 from tunesmith.errors import CheckpointError
 from tunesmith.models.loader import Loaded, Task, load_model, resolve
@@ -30,9 +31,10 @@ def merge_models(
     """Merge models (folders, runs, adapters, hub ids) into a model folder with config, tokenizer and a record.
 
     Raises:
-        CheckpointError: as `core.merging.merged`; nothing is written then.
+        CheckpointError: as `core.merging.merged` and `check_output`; nothing is written then.
         ModelError, DataError: a model or the validation rows cannot be read.
     """
+    check_output(output)
     models = [checkpoint(name) for name in names]
     original = None if base is None else checkpoint(base)
     like = Path(_folder(base or names[0]))

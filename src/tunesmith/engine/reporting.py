@@ -154,7 +154,9 @@ def _costs(cost: Cost, task: Task) -> dict[str, Figure]:
 
 
 def _by_group(title: str, before: Measured, after: Measured) -> Table:
+    # A loss of nearly nothing becomes many times as much without anything being lost; its exponential tells.
     names = list(dict.fromkeys(name for metrics in after["metrics"].values() for name in metrics))
+    names = [name for name in names if name != "loss" or "perplexity" not in names]
     names = [*names, *(["match"] if after["match"] else [])]
     table = Table(title, ["group", *(_UNITS[name][0] for name in names)])
     for group, metrics in after["metrics"].items():

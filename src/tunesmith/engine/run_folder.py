@@ -14,13 +14,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tunesmith.core.files import remove_staging, write_text
 from tunesmith.errors import CheckpointError
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, load
 
-_SAME = ("model", "data", "task", "method", "adapters", "prompts", "schedule", "optimizer", "objective", "regularisers")
+_SAME = (
+    "model",
+    "data",
+    "task",
+    "method",
+    "adapters",
+    "prompts",
+    "schedule",
+    "optimizer",
+    "objective",
+    "regularisers",
+    "inference",
+)
 """Fields in which a resumed run must agree with the one that was begun; so must those of `train` below."""
 _SAME_TRAIN = (
     "steps",
@@ -55,11 +65,13 @@ class RunFolder:
         """Claim the folder for `recipe`; returns the checkpoint to go on from, None to begin.
 
         Raises:
-            CheckpointError: the folder holds another run, or something that is not a run, or nothing to resume.
+            CheckpointError: the folder holds another run, or something that is not a run, or nothing to resume; or it
+            cannot be written to.
+        RecipeError: the recipe that it holds cannot be read.
         """
         if overwrite and not resume and self.recipe.exists():
             self._clear()
-        if self.recipe.exists():
+        elif self.recipe.exists():
             self._check_same(recipe)
             if not resume:
                 raise CheckpointError(
@@ -73,8 +85,13 @@ class RunFolder:
             )
         elif resume:
             raise CheckpointError(f"there is no run to resume in {self.path}; leave out --resume to begin one")
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        recipe.to_yaml(self.recipe)
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            recipe.to_yaml(self.recipe)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be written to ({error.strerror}); name another --output"
+            ) from None
         for folder in (self.path, self.checkpoints):
             remove_staging(folder)
         return self.latest() if resume else None
@@ -93,13 +110,14 @@ class RunFolder:
         return json.loads(self.before.read_text(encoding="utf-8")) if self.before.exists() else None
 
     def _clear(self) -> None:
-        for name in ("recipe.yaml", "before.json", "report.json", "report.html"):
-            (self.path / name).unlink(missing_ok=True)
         for folder in (self.checkpoints, self.model):
             shutil.rmtree(folder, ignore_errors=True)
+        # The recipe goes last: it is what tells that the rest is a run, should this be interrupted.
+        for name in ("before.json", "report.json", "report.html", "recipe.yaml"):
+            (self.path / name).unlink(missing_ok=True)
 
     def _check_same(self, recipe: Recipe) -> None:
-        held = Recipe.model_validate(yaml.safe_load(self.recipe.read_text(encoding="utf-8")) or {})
+        held = load(self.recipe)
         for field in _SAME:
             self._compare(field, getattr(held, field), getattr(recipe, field))
         for field in _SAME_TRAIN:

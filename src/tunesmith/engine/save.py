@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from tunesmith import __version__
 from tunesmith.core.files import staged_folder
-from tunesmith.errors import ModelError
+from tunesmith.errors import CheckpointError, ModelError
 from tunesmith.models.loader import load_model
 from tunesmith.recipe import Recipe
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
@@ -29,6 +31,18 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def check_output(folder: Path) -> None:
+    """Refuse to write a model where something is already: it would be replaced as a whole.
+
+    Raises:
+        CheckpointError: it is a file, or a folder with something in it.
+    """
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; name a folder as --output")
+    if folder.is_dir() and (held := sorted(p.name for p in folder.iterdir())):
+        raise CheckpointError(f"{folder} is not empty ({', '.join(held[:5])}); name another --output, or delete it")
 
 
 def save_result(
@@ -61,10 +75,14 @@ def save_merged(adapter: str, output: Path, *, dtype: str = "auto") -> Path:
     Raises:
         ModelError: `adapter` is not an adapter folder; the method cannot be merged; or the architecture's checkpoints
             have no place for the biases that merging made.
+        CheckpointError: as `check_output`.
     """
+    if dtype not in _DTYPES:
+        raise ModelError(f"there is no dtype {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    check_output(output)
     loaded = load_model(adapter, dtype="float32" if dtype == "auto" else dtype)
     model: Any = loaded.model
-    if not hasattr(model, "merge_and_unload"):
+    if not isinstance(model, PeftModel):
         raise ModelError(f"{adapter} is a whole model, not an adapter; there is nothing to merge")
     if not hasattr(model.base_model, "merge_and_unload"):
         kind = type(model.active_peft_config).__name__

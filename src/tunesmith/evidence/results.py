@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def checks(result: Result) -> list[dict[str, Any]]:
 
 
 def held(result: Result) -> bool:
-    """Whether every check holds."""
-    return all(check["held"] for check in checks(result))
+    """Whether there is something to check, and every check holds."""
+    found = checks(result)
+    return bool(found) and all(check["held"] for check in found)
 
 
 def status(part: Part, result: Result | None) -> str:
@@ -77,6 +79,8 @@ def figure(values: list[float]) -> str:
 
 def format_number(value: float) -> str:
     """Short, without losing what a threshold is compared with."""
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) and abs(value) < 1e7:
         return f"{int(value):,}"
     return f"{value:.3g}" if abs(value) < 1e-2 or abs(value) >= 1e5 else f"{value:,.4g}"

@@ -31,8 +31,10 @@ def choose(slugs: list[str], room: str | None, every: bool) -> list[Part]:
     """The parts whose claims to run.
 
     Raises:
-        RecipeError: nothing was named, or a part has no claim.
+        RecipeError: nothing was named, or more than one way; or a part has no claim.
     """
+    if bool(slugs) + bool(room) + every != 1:
+        raise RecipeError("name parts, or give --room ROOM, or --all")
     if every:
         wanted = [part for part in catalog.parts().values() if results.claim_file(part).exists()]
     elif room:
@@ -43,7 +45,7 @@ def choose(slugs: list[str], room: str | None, every: bool) -> list[Part]:
         if not results.claim_file(part).exists():
             raise RecipeError(f"{part.slug} has no claim: expected {results.claim_file(part)}")
     if not wanted:
-        raise RecipeError("name parts, or give --room ROOM or --all")
+        raise RecipeError(f"no part of {room or 'the catalogue'} has a claim yet")
     return wanted
 
 

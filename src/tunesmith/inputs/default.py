@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 NAME = "the embedded data"
-TOOLS, TOOLS_HELD_OUT = 1500, 200
+TOOLS, TOOLS_HELD_OUT = 1000, 200
 DOCSTRINGS, DOCSTRINGS_HELD_OUT = 300, 60
 MAX_CHARS = 400
 
@@ -16,7 +16,7 @@ MAX_CHARS = 400
 def default_data(seed: int = 0) -> tuple[Dataset, Dataset]:
     """(training rows, evaluation rows) with `prompt`, `completion` and `family`.
 
-    1,500 and 200 rows of `tools`, tool calls with one right answer each, and 300 and 60 rows of `docstrings`, functions
+    1,000 and 200 rows of `tools`, tool calls with one right answer each, and 300 and 60 rows of `docstrings`, functions
     of Python's own library and the first lines of their docstrings.
 
     Raises:

@@ -116,7 +116,7 @@ def offset_belongs_to_the_position() -> list[Check]:
     added = []
     for tokens in (ids, ids[:, [1, 0, 2, 3]]):
         out = made(PromptContext(made.P.new_zeros(1, 4, DIM), tokens > 0, torch.arange(4)[None], tokens))
-        added.append(out.add)
+        added.append(out.add.detach())
     apart = float((added[0] - added[1]).abs().max())
     return [
         Check("largest difference of the offset", apart, "==", 0),

@@ -13,8 +13,8 @@ from tunesmith.models.pretrain.mixture import Mixture, library
 from tunesmith.models.pretrain.tokenizer import load
 
 BATCH = {"rows": 12, "length": 128, "text_rows": 10, "text_length": 256}
-PLAN = loop.Plan("tiny-encoder", steps=1000, lr=2e-3, seed=13, batch=BATCH)
-MASKED = 0.15
+PLAN = loop.Plan("tiny-encoder", steps=4000, lr=2e-3, seed=13, batch=BATCH)
+MASKED = 0.3
 WINDOWS = 100
 SUMMARY = (
     "A small BERT, trained to fill in masked tokens of items of `tunesmith.world` and of source text of the Python "
@@ -46,7 +46,9 @@ def build(tokenizer: PreTrainedTokenizerBase, seed: int) -> BertForMaskedLM:
 def corrupt(
     ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """BERT's corruption (Devlin et al. 2019, section 3.1): 15 % chosen; of these 80 % masked, 10 % random, 10 % kept.
+    """BERT's corruption (Devlin et al. 2019, section 3.1): of what is chosen 80 % masked, 10 % random, 10 % kept.
+
+    Twice BERT's 15 % are chosen: a step teaches twice as much, and small models learn better so (Wettig et al. 2023).
 
     Args:
         ids: (rows, length) tokens; padding is never chosen.

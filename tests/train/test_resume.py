@@ -1,0 +1,165 @@
+"""A run that is killed loses no finished checkpoint, and goes on bitwise as if it had not stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.zoo import same
+from tunesmith.engine.callbacks import Meters
+from tunesmith.errors import CheckpointError
+from tunesmith.train import InterruptedRunError, run
+
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full"},
+    "lora": {"adapters": [{"name": "lora", "dropout": 0.1}]},
+    "dylora": {"method": "dylora"},
+    "lora-ga": {"adapters": [{"name": "lora-ga", "rank": 2}]},
+    "ssf": {"method": "ssf"},
+    "dept": {"prompts": [{"name": "dept", "num_virtual_tokens": 4, "max_length": 64}]},
+    "lisa": {"schedule": {"name": "lisa", "layers": 1, "interval": 3}},
+    "galore": {"optimizer": {"name": "galore", "rank": 4, "period": 3}},
+    "mezo": {"optimizer": {"name": "mezo"}, "train.learning_rate": 1e-3, "train.max_grad_norm": 0},
+    "intuitive-finetuning": {"method": "full", "objective": "intuitive-finetuning"},
+}
+EVERY = pytest.mark.parametrize("name", METHODS)
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    (file,) = Path(folder, "model").glob("*.safetensors")
+    return load_file(file)
+
+
+# A process that kills itself: at a step, or when a checkpoint is written but has not its name yet.
+KILLED = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+from tunesmith.cli.common import quiet
+quiet()
+from transformers import TrainerCallback
+from tunesmith.core import trainer as core
+from tunesmith.engine.callbacks import Meters
+fields, where, at = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+if where == "step":
+    real = Meters.on_step_end
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == at:
+            die()
+        return real(self, args, state, control, **kwargs)
+    Meters.on_step_end = on_step_end
+else:
+    real_replace = core.replace_folder
+    def replace(staging, path):
+        if path.name == f"checkpoint-{at}":
+            die()
+        real_replace(staging, path)
+    core.replace_folder = replace
+from tunesmith.train import run
+run(None, **fields)
+"""
+
+
+def killed(fields: dict[str, Any], where: str, at: int) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, json.dumps(fields), where, str(at)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "lora", "lisa", "galore", "mezo"])
+@pytest.mark.parametrize("where", ["step", "save"])
+def test_killed_and_resumed_is_bitwise_the_same(
+    name: str, where: str, recipe: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    fields = recipe(**METHODS[name])
+    run(None, **fields)
+    expected = weights(fields["output"])
+    fields["output"] = str(tmp_path / "killed")
+    killed(fields, where, 5 if where == "step" else 6)
+    held = sorted(p.name for p in Path(fields["output"], "checkpoints").glob("checkpoint-*"))
+    assert held == ["checkpoint-2", "checkpoint-4"]
+    run(None, resume=True, **fields)
+    assert same(weights(fields["output"]), expected)
+    assert not list(Path(fields["output"]).rglob(".partial-*"))
+
+
+@EVERY
+def test_stopped_and_resumed_is_bitwise_the_same(
+    name: str, recipe: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = recipe(**METHODS[name])
+    run(None, **fields)
+    expected = weights(fields["output"])
+    fields["output"] = str(tmp_path / "stopped")
+    real = Meters.on_step_end
+
+    def on_step_end(self: Meters, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        real(self, args, state, control, **kwargs)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Meters, "on_step_end", on_step_end)
+    with pytest.raises(KeyboardInterrupt):
+        run(None, **fields)
+    monkeypatch.undo()
+    run(None, resume=True, **fields)
+    assert same(weights(fields["output"]), expected)
+
+
+def test_a_signal_writes_a_checkpoint_and_resuming_goes_on(
+    recipe: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = recipe(method="full")
+    run(None, **fields)
+    expected = weights(fields["output"])
+    fields["output"] = str(tmp_path / "interrupted")
+    real = Meters.on_step_end
+
+    def on_step_end(self: Meters, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        real(self, args, state, control, **kwargs)
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Meters, "on_step_end", on_step_end)
+    with pytest.raises(InterruptedRunError, match=r"stopped at step 3.*--resume"):
+        run(None, **fields)
+    monkeypatch.undo()
+    assert Path(fields["output"], "checkpoints", "checkpoint-3").is_dir()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    run(None, resume=True, **fields)
+    assert same(weights(fields["output"]), expected)
+
+
+def test_a_folder_with_a_finished_run_is_refused_and_can_be_replaced(recipe: Callable[..., dict[str, Any]]) -> None:
+    fields = recipe(method="full", **{"train.steps": 2})
+    run(None, **fields)
+    with pytest.raises(CheckpointError, match=r"holds a run of this recipe already.*--resume.*--overwrite"):
+        run(None, **fields)
+    run(None, overwrite=True, **fields)
+    other = {**fields, "train.batch_size": 2}
+    with pytest.raises(CheckpointError, match=r"another run: its train.batch_size is 4, this recipe's is 2"):
+        run(None, resume=True, **other)
+
+
+def test_a_folder_that_is_no_run_is_refused(recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    with pytest.raises(CheckpointError, match=r"not empty and not the folder of a run \(thesis.tex\)"):
+        run(None, overwrite=True, **recipe())
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
+
+
+def test_nothing_to_resume(recipe: Callable[..., dict[str, Any]]) -> None:
+    with pytest.raises(CheckpointError, match="there is no run to resume"):
+        run(None, resume=True, **recipe())

@@ -134,6 +134,8 @@ class _Run:
         config = loader.read_config(source, recipe.model.trust_remote_code)
         gathered = inputs.gather(recipe.data, config=config, task=recipe.task, verbose=not self.quiet)
         self.task = gathered.task
+        if recipe.task is None:  # what a part refuses may be a task, which only the rows and the model tell
+            recipe.model_copy(update={"task": self.task}).check(self.state.num_processes)
         self.processor = loader.load_processor(source, self.task, recipe.model.trust_remote_code)
         base: nn.Module = loader.load_base(
             source,
@@ -144,7 +146,7 @@ class _Run:
             trust_remote_code=recipe.model.trust_remote_code,
         )
         if recipe.model.adapter:
-            base = loader.attach_adapter(base, recipe.model.adapter).merge_and_unload()
+            base = loader.merged(loader.attach_adapter(base, recipe.model.adapter), recipe.model.adapter)
         gathered = select.apply(gathered, self.uses.get("select", []), recipe, base, self.processor)
         set_seed(recipe.train.seed)
         self.built = building.build(

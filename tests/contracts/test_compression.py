@@ -82,11 +82,7 @@ def test_the_same_data_gives_the_same_model_and_leaves_no_trace(part: Part) -> N
     assert all(p.requires_grad and p.grad is None for p in second.parameters())
 
 
-# OPT flattens rows and positions before its feed-forward layers, which `core.stats` does not undo.
-FLATTENS = pytest.mark.xfail(reason="core.stats applies the mask to inputs of shape (rows, positions, features) only")
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", pytest.param("opt", marks=FLATTENS)])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "opt"])
 @PARTS
 def test_padding_is_left_out(part: Part, family: str) -> None:
     models = []

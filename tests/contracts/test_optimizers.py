@@ -215,11 +215,8 @@ def test_works_inside_the_trainer(part: Part, tmp_path: Path, accumulation: int)
 @OPTIMIZERS
 @pytest.mark.parametrize("objective", [None, SFT()], ids=["the model's loss", "an objective"])
 def test_accumulated_batches_give_the_step_of_one_large_batch(
-    part: Part, objective: Objective | None, tmp_path: Path, request: pytest.FixtureRequest
+    part: Part, objective: Objective | None, tmp_path: Path
 ) -> None:
-    if part.target.forward_only and objective is None:
-        reason = "core.trainer divides a loss that is divided by all labels already by the number of micro-batches too"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     large, small = tiny("llama"), tiny("llama")
     train(part, large, tmp_path / "large", 2, rows_per_batch=4, objective=objective)
     train(part, small, tmp_path / "small", 2, gradient_accumulation_steps=2, objective=objective)

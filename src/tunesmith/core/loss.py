@@ -63,6 +63,8 @@ def labelled(model: nn.Module, batch: Mapping[str, Any], inputs: Mapping[str, An
     keep, place = column.unique(return_inverse=True)
     given = dict(model_inputs(batch) if inputs is None else inputs)
     out = model(**given, logits_to_keep=keep, use_cache=False).logits
+    if out.shape[1] != len(keep):  # a model that does not know `logits_to_keep`
+        out = out[:, keep]
     logits = out[0] if out.shape[0] == 1 else out[row, place]
     label_segments = segments(batch)[:, 1:]
     index = column.new_empty(len(column), 2)

@@ -9,12 +9,13 @@ processes give the gradient of one large batch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from tunesmith.core.loss import count_labels
+from tunesmith.core.loss import IGNORED, count_labels
 
 Batch = Mapping[str, Any]
 
@@ -39,6 +40,25 @@ class Objective(ABC):
             The loss, () float32, differentiable; and detached scalars by name.
         """
 
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Entered around the forward pass of the main objective, for a regulariser that needs what that computes.
+
+        A regulariser puts its hooks on here and takes them off again; its own call, right afterwards, then need not
+        run the model.
+        """
+        yield
+
     def share(self, batch: Batch, total: Tensor | None) -> Tensor:
         """The divisor: `total`, or this batch's own count, never below one."""
         return (self.count(batch) if total is None else total).clamp_min(1)
+
+
+class ModelLoss(Objective):
+    """The loss that a transformers model returns, for tasks whose labels are not shifted: a mean over its labels."""
+
+    def count(self, batch: Batch) -> Tensor:
+        return (batch["labels"] != IGNORED).sum()
+
+    def __call__(self, model: nn.Module, batch: Batch, total: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        return model(**batch).loss * self.count(batch) / self.share(batch, total), {}

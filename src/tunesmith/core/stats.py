@@ -128,6 +128,8 @@ def _input_sums(sums: dict[str, Tensor], holder: Mapping[str, Tensor | None]) ->
             x = x.movedim(1, -1)
         elif mask is not None and mask.shape == x.shape[:2]:
             x = x[mask.bool()]
+        elif mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
+            x = x[mask.flatten().bool()]  # OPT lays rows end to end before its feed-forward layers
         x = x.reshape(-1, x.shape[-1]).double()
         # Welford's pooled update: the variance of features with a large mean keeps its digits.
         n, seen = x.shape[0], sums.get("tokens", torch.zeros((), dtype=torch.float64, device=x.device))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,10 @@ class TrainerMixin:
     ) -> Any:
         if self.objective is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, scalars = self.objective(model, inputs, num_items_in_batch)
+        with ExitStack() as watching:
+            for term, _ in self.regularisers:
+                watching.enter_context(term.watching(model))
+            loss, scalars = self.objective(model, inputs, num_items_in_batch)
         for term, weight in self.regularisers:
             extra, more = term(model, inputs, num_items_in_batch)
             loss, scalars = loss + weight * extra, {**scalars, **more}
@@ -121,8 +125,8 @@ class TrainerMixin:
             with torch.no_grad(), self.compute_loss_context_manager():
                 losses = [self.compute_loss(model, b, num_items_in_batch=n).detach() for b, n in batches]
             loss = torch.stack(losses).sum()
-            if self.objective is None:
-                loss = loss / len(batches)
+            if self.objective is None and not (self.model_accepts_loss_kwargs and num_items_in_batch is not None):
+                loss = loss / len(batches)  # else the model divided by the labels of the whole step
             return self.accelerator.reduce(loss, "mean" if self.objective is None else "sum")
 
         return optimizer.estimate(closure)

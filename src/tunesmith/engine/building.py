@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from tunesmith import inputs
 from tunesmith.core import packing
 from tunesmith.core.bridge import initialise
-from tunesmith.core.objective import Objective
+from tunesmith.core.objective import ModelLoss, Objective
 from tunesmith.core.optimizer import Optimizer
 from tunesmith.core.part import Use
 from tunesmith.core.prompt import Prompt
@@ -182,7 +182,9 @@ def _objective(uses: Uses, task: Task) -> Objective | None:
     chosen = uses.get("objective", [])
     if chosen:
         return chosen[0].part.target(**chosen[0].options)
-    return SFT() if task == "causal-lm" else None
+    if task == "causal-lm":
+        return SFT()
+    return ModelLoss() if uses.get("regularisers") else None
 
 
 def _regularisers(recipe: Recipe, uses: Uses) -> list[tuple[Objective, float]]:

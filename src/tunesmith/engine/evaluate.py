@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -140,14 +141,10 @@ def answers(
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     texts: list[str] = [""] * len(prompts)
-    # Prompts of like length together: less padding, and the answers are put back in their order.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for at in range(0, len(order), batch_size):
-        chosen = order[at : at + batch_size]
+    for chosen, room in _alike([len(prompt) for prompt in prompts], max_new_tokens, batch_size, limit, task):
         length = max(len(prompts[i]) for i in chosen)
         ids = torch.tensor([[pad] * (length - len(prompts[i])) + list(prompts[i]) for i in chosen])
         mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
-        room = max_new_tokens if limit is None or task == "seq2seq" else max(min(max_new_tokens, limit - length), 1)
         out = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -161,6 +158,22 @@ def answers(
             texts[i] = text
     model.train(was)
     return texts
+
+
+def _alike(
+    lengths: Sequence[int], wanted: int, batch_size: int, limit: int | None, task: Task
+) -> Iterator[tuple[list[int], int]]:
+    """(prompts of one batch, how many tokens they can be answered with).
+
+    Prompts of like length go together, for less padding; those without room for `wanted` tokens only with such as have
+    the same room, so that an answer does not depend on its batch.
+    """
+    room = [wanted if limit is None or task == "seq2seq" else max(min(wanted, limit - n), 1) for n in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: (-room[i], lengths[i]))
+    for free, members in groupby(order, key=lambda i: room[i]):
+        alike = list(members)
+        for at in range(0, len(alike), batch_size):
+            yield alike[at : at + batch_size], free
 
 
 def is_right(answer: str, expected: str) -> bool:

@@ -42,7 +42,12 @@ def merge_models(
     tensors = merged(method, models, original, judges)
 
     def record(folder: Path) -> None:
-        made = {"method": type(method).__name__, "models": list(names), "base": base, **method.record()}
+        made = {
+            "method": type(method).__module__.rpartition(".")[2].replace("_", "-"),
+            "models": list(names),
+            "base": base,
+            **method.record(),
+        }
         (folder / "merge.json").write_text(json.dumps(made, indent=2, default=str) + "\n", encoding="utf-8")
 
     return write(output, tensors.items(), like=like, extra=record)

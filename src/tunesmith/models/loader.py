@@ -220,11 +220,23 @@ def load_model(
     if adapter.exists():
         model = attach_adapter(model, source)
         if merge:
-            model = model.merge_and_unload()
+            model = merged(model, name)
     held = Path(source) if (Path(source) / "tokenizer_config.json").exists() else Path(base)
     held = Path(source) if (Path(source) / "preprocessor_config.json").exists() else held
     processor = load_processor(str(held) if held.is_dir() else base, task, trust_remote_code)
     return Loaded(model.eval(), processor, base, task)
+
+
+def merged(model: Any, name: str) -> nn.Module:
+    """A PEFT model's base with its adapter folded in.
+
+    Raises:
+        ModelError: the adapter is one of PEFT's own prompts, which no weight can hold.
+    """
+    if not hasattr(model.base_model, "merge_and_unload"):
+        kind = type(model.active_peft_config).__name__
+        raise ModelError(f"{name} is a {kind}, which cannot be merged into weights; use it as it is")
+    return model.merge_and_unload()
 
 
 def attach_adapter(model: nn.Module, folder: str, trainable: bool = False) -> nn.Module:

@@ -95,8 +95,9 @@ def _peft_start(G: Tensor, direction: str) -> tuple[Tensor, Tensor]:
         init_lora_weights="lora_ga",
         lora_ga_config=LoraGAConfig(direction=direction),
     )
-    # The gradient of sum(G * W) with respect to W is G.
-    preprocess_loraga(model, config, lambda: (model(torch.eye(G.shape[1])) * G.T).sum().backward())
+    # The gradient of sum(G * W) with respect to W is G; PEFT's hook wants inputs that take a gradient.
+    eye = torch.eye(G.shape[1], requires_grad=True)
+    preprocess_loraga(model, config, lambda: (model(eye) * G.T).sum().backward())
     held: Any = kit_digits.seeded(lambda: get_peft_model(model, config), 0).base_model.model[0]
     return held.lora_B["default"].weight.detach(), held.lora_A["default"].weight.detach()
 

@@ -100,3 +100,8 @@ def test_help_is_light() -> None:
 
 def test_listing_the_catalogue_imports_no_part() -> None:
     assert not loaded_by("from tunesmith import catalog\nassert catalog.parts()") & {"torch", "transformers", "peft"}
+
+
+def test_the_example_of_contributing_is_the_real_part() -> None:
+    source = (HOUSE / "adapters" / "ssf.py").read_text()
+    assert source[source.index("@part(") :].strip() in (HOUSE.parents[1] / "CONTRIBUTING.md").read_text()

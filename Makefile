@@ -38,6 +38,7 @@ evidence: $(VENV)/dev
 
 docs: $(VENV)/dev
 	$(BIN)/python -m tunesmith.docs
+	$(BIN)/tunesmith evidence table
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/train.py

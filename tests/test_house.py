@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tunesmith import catalog
+from tunesmith import catalog, docs
 from tunesmith.core.part import ROOMS
 
 HOUSE = Path(catalog.__file__).parent
@@ -105,3 +105,7 @@ def test_listing_the_catalogue_imports_no_part() -> None:
 def test_the_example_of_contributing_is_the_real_part() -> None:
     source = (HOUSE / "adapters" / "ssf.py").read_text()
     assert source[source.index("@part(") :].strip() in (HOUSE.parents[1] / "CONTRIBUTING.md").read_text()
+
+
+def test_the_generated_pages_are_fresh() -> None:
+    assert docs.main(["--check"]) == 0

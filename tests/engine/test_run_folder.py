@@ -36,8 +36,18 @@ def test_an_empty_folder_will_do(tmp_path: Path) -> None:
 
 def test_a_begun_run_is_not_begun_again(tmp_path: Path) -> None:
     opened(tmp_path)
+    checkpoint(tmp_path, "checkpoint-2")
     with pytest.raises(CheckpointError, match=r"holds a run of this recipe already\. Go on with it by --resume"):
         opened(tmp_path)
+
+
+def test_a_run_that_came_to_nothing_is_in_nobodys_way(tmp_path: Path) -> None:
+    opened(tmp_path)
+    assert opened(tmp_path, method="full") is None
+    assert load(tmp_path / "recipe.yaml") == Recipe(method="full")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(CheckpointError, match="holds a run of this recipe already"):
+        opened(tmp_path, method="full")
 
 
 def test_the_checkpoint_with_the_most_steps_is_resumed_from(tmp_path: Path) -> None:
@@ -94,6 +104,7 @@ def test_another_run_is_refused_with_what_differs(
     tmp_path: Path, fields: dict[str, Any], message: str, resume: bool
 ) -> None:
     opened(tmp_path)
+    checkpoint(tmp_path, "checkpoint-2")
     with pytest.raises(CheckpointError, match=rf"holds another run: {message}.* or replace that run by --overwrite"):
         opened(tmp_path, resume=resume, **fields)
     assert load(tmp_path / "recipe.yaml") == Recipe(), "the recipe that is there stays"

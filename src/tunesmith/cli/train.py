@@ -75,24 +75,13 @@ def train(
 
 
 def _list_fields() -> None:
-    from pydantic import BaseModel
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from tunesmith.recipe import Recipe
+    from tunesmith.docs import fields
 
     table = Table("field", "default", "meaning")
-
-    def walk(section: type[BaseModel], prefix: str) -> None:
-        for name, field in section.model_fields.items():
-            kind = field.annotation
-            default = field.get_default(call_default_factory=True)
-            if isinstance(kind, type) and issubclass(kind, BaseModel) and name != "optimizer":
-                walk(kind, f"{prefix}{name}.")
-            else:
-                shown = default.name if isinstance(default, BaseModel) else default
-                table.add_row(f"{prefix}{name}", escape(str(shown)), escape(field.description or ""))
-
-    walk(Recipe, "")
+    for row in fields():
+        table.add_row(*(escape(text) for text in row))
     Console().print(table)

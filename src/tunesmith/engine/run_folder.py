@@ -66,10 +66,10 @@ class RunFolder:
 
         Raises:
             CheckpointError: the folder holds another run, or something that is not a run, or nothing to resume; or it
-            cannot be written to.
-        RecipeError: the recipe that it holds cannot be read.
+                cannot be written to. A run that stopped before it had anything to lose is replaced.
+            RecipeError: the recipe that it holds cannot be read.
         """
-        if overwrite and not resume and self.recipe.exists():
+        if not resume and self.recipe.exists() and (overwrite or not self.produced):
             self._clear()
         elif self.recipe.exists():
             self._check_same(recipe)
@@ -95,6 +95,11 @@ class RunFolder:
         for folder in (self.path, self.checkpoints):
             remove_staging(folder)
         return self.latest() if resume else None
+
+    @property
+    def produced(self) -> bool:
+        """Whether the run has come to anything: a checkpoint, a model, a report."""
+        return self.latest() is not None or self.model.exists() or (self.path / "report.json").exists()
 
     def latest(self) -> Path | None:
         """The checkpoint with the most steps; every one under its final name is complete."""

@@ -37,7 +37,7 @@ def _by_line(path: Path, name: str) -> Iterator[Entry]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8").rstrip())
         except UnicodeDecodeError as error:
             yield BadRow(where, "encoding", not_utf8(error))
         except json.JSONDecodeError as error:

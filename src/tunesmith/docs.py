@@ -37,6 +37,16 @@ A part is its name, or `name` with its options beside it; `tunesmith show NAME` 
 one part in its field; `method: full` trains all weights. Options and fields that do not exist, and parts that cannot be
 combined, are refused before anything is loaded.
 
+## Several processes
+
+    torchrun --nproc_per_node 2 -m tunesmith train RECIPE.yaml
+    accelerate launch --multi_gpu --num_processes 2 -m tunesmith train RECIPE.yaml
+
+Two processes give what one gives with twice the `train.batch_size`. accelerate's `--cpu` starts one process whatever
+the number is; `--multi_gpu` starts several, without GPUs too. `train.fsdp` shards the weights (FSDP2).
+
+## Fields
+
 | field | default | meaning |
 | --- | --- | --- |
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import typer
@@ -42,6 +43,8 @@ def _root(
 
 def main() -> None:
     """Run the command line; a mistake in the input is a message and status 2, never a traceback."""
+    # It tells at every import that a kernel package it could also use is not installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(prog_name="tunesmith")
     except TunesmithError as error:

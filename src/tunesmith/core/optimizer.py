@@ -67,6 +67,8 @@ def set_lr_ratios(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         if hasattr(module, "lr_ratios")
         for name, ratio in module.lr_ratios().items()
     }
+    if not ratios:
+        return
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         if "lr_ratio" in group:

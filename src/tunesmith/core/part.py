@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -111,17 +112,33 @@ class Option:
     @property
     def type_name(self) -> str:
         """The annotation as a reader would write it."""
-        if typing.get_origin(self.annotation) is typing.Annotated:
-            base, *constraints = typing.get_args(self.annotation)
-            bounds = [str(c) for c in constraints]
-            return f"{_type_name(base)} ({', '.join(bounds)})"
         return _type_name(self.annotation)
 
 
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
 def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type) and not typing.get_args(annotation):
-        return annotation.__name__
-    return str(annotation).replace("typing.", "")
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        bounds = [bound for constraint in inner[1:] for bound in _bounds(constraint)]
+        return " ".join([_type_name(inner[0]), *([", ".join(bounds)] if bounds else [])])
+    if origin is typing.Literal:
+        return " or ".join(str(value) for value in inner)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(one) for one in inner)
+    if annotation is type(None):
+        return "None"
+    if origin is not None:
+        listed = ", ".join("..." if one is ... else _type_name(one) for one in inner)
+        return f"{getattr(origin, '__name__', origin)}[{listed}]"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _bounds(constraint: Any) -> list[str]:
+    """What an annotation allows, as signs: pydantic's `Field` holds several, the types of annotated-types one."""
+    found = [bound for each in getattr(constraint, "metadata", ()) for bound in _bounds(each)]
+    return found + [f"{sign} {getattr(constraint, name)}" for name, sign in _SIGNS.items() if hasattr(constraint, name)]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ defaults; nothing else has to be written down.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -91,9 +92,29 @@ def part(
 
     def mark(target: T) -> T:
         target.__tunesmith_part__ = True
+        if not inspect.isclass(target):
+            return _checked(target)
+        if "__init__" in vars(target):
+            target.__init__ = _checked(target.__init__)  # type: ignore[method-assign]
         return target
 
     return mark
+
+
+def _checked(function: Any) -> Any:
+    """The function, its keyword-only arguments coerced and checked first, however it is called."""
+    slug = function.__module__.rpartition(".")[2].replace("_", "-")
+    options: dict[str, Option] = {}
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not options:
+            options.update(options_of(function, ""))
+        given = {name: value for name, value in kwargs.items() if name in options}
+        checked = validate(slug, options, given)
+        return function(*args, **kwargs | {name: checked[name] for name in given})
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -169,13 +190,7 @@ class Part:
     def options(self) -> dict[str, Option]:
         """The options by name, in the order of the signature."""
         callable_ = self.target.__init__ if inspect.isclass(self.target) else self.target
-        hints = typing.get_type_hints(callable_, include_extras=True)
-        help_ = argument_help(inspect.getdoc(self.target) or "")
-        return {
-            p.name: Option(p.name, hints.get(p.name, Any), p.default, help_.get(p.name, ""))
-            for p in inspect.signature(callable_).parameters.values()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY
-        }
+        return options_of(callable_, inspect.getdoc(self.target) or "")
 
     def validate(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The given options with their types coerced and checked, defaults filled in.
@@ -183,33 +198,53 @@ class Part:
         Raises:
             RecipeError: an option does not exist, is missing, or has a value that its annotation does not allow.
         """
-        import pydantic
-
         for key in given:
             if key not in self.options:
                 known = ", ".join(self.options) or "none"
                 raise RecipeError(
                     f"{self.slug} has no option {key!r}.{did_you_mean(key, self.options)} Its options: {known}."
                 )
-        fields: dict[str, Any] = {
-            o.name: (o.annotation, ... if o.required else o.default) for o in self.options.values()
-        }
-        # Options may be called anything a paper calls them, also what pydantic would keep for itself.
-        config = pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
-        model = pydantic.create_model(f"{self.slug} options", __config__=config, **fields)
-        try:
-            checked = model(**given)
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(x) for x in first["loc"])
-            found = "" if first["type"] == "missing" else f", found {first['input']!r}"
-            raise RecipeError(f"{self.slug}: option {where!r}: {first['msg']}{found}.") from None
-        return {name: getattr(checked, name) for name in self.options}
+        missing = [o.name for o in self.options.values() if o.required and o.name not in given]
+        if missing:
+            raise RecipeError(f"{self.slug}: option {missing[0]!r}: Field required.")
+        return validate(self.slug, self.options, given)
 
     def refusals(self, options: Mapping[str, Any]) -> dict[str, str]:
         """What this part cannot run with, and why, for these options."""
         dynamic = getattr(self.target, "refusals", None)
         return {**self.refuses, **(dynamic(options) if dynamic else {})}
+
+
+def options_of(function: Any, doc: str) -> dict[str, Option]:
+    """The keyword-only parameters of a function, with their help from the `Args:` of a docstring."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    help_ = argument_help(doc)
+    return {
+        p.name: Option(p.name, hints.get(p.name, Any), p.default, help_.get(p.name, ""))
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def validate(slug: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given options with their types coerced and checked; defaults filled in, None for a required one not given.
+
+    Raises:
+        RecipeError: a value that the option's annotation does not allow.
+    """
+    import pydantic
+
+    fields: dict[str, Any] = {o.name: (o.annotation, None if o.required else o.default) for o in options.values()}
+    # Options may be called anything a paper calls them, also what pydantic would keep for itself.
+    config = pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+    model = pydantic.create_model(f"{slug} options", __config__=config, **fields)
+    try:
+        checked = model(**given)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(x) for x in first["loc"])
+        raise RecipeError(f"{slug}: option {where!r}: {first['msg']}, found {first['input']!r}.") from None
+    return {name: getattr(checked, name) for name in options}
 
 
 def argument_help(doc: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import TunesmithError, did_you_mean
 
 Value = float | int | str | bool | None
 Better = Literal["higher", "lower"]
@@ -168,7 +168,14 @@ class Report:
     listings: list[Listing] = field(default_factory=list)
 
     def figure(self, name: str) -> Figure:
-        """The key figure of that name, also where only its value was given."""
+        """The key figure of that name, also where only its value was given.
+
+        Raises:
+            TunesmithError: there is none of that name.
+        """
+        if name not in self.figures:
+            hint = did_you_mean(name, self.figures)
+            raise TunesmithError(f"the report has no figure {name!r}.{hint} It has {', '.join(self.figures)}.")
         held = self.figures[name]
         return held if isinstance(held, Figure) else Figure(held)
 

@@ -50,6 +50,7 @@ class TrainerMixin:
         self._scalars: dict[str, list[Tensor]] = {}
         self._pending: list[tuple[dict[str, Any], Any]] = []
         self._staging: Path | None = None
+        self._totals: Sequence[Tensor] = ()
         self.tokens_seen = 0
         """Real tokens that this process trained on, padding left out."""
         super().__init__(*args, **kwargs)
@@ -61,9 +62,14 @@ class TrainerMixin:
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         if self.objective is None:
             return super()._get_num_items_in_batch(batch_samples, device)
-        total = sum((self.objective.count(batch) for batch in batch_samples), torch.zeros((), dtype=torch.long))
-        total = total.to(device)
-        return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
+        terms = [self.objective, *(term for term, _ in self.regularisers)]
+        none = torch.zeros((), dtype=torch.long, device=device)
+        # Each term is divided by the total of what it counts itself: labels, rows, pairs.
+        totals = torch.stack([sum((t.count(b).to(device) for b in batch_samples), none) for t in terms])
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, "sum")
+        self._totals = totals.unbind()
+        return self._totals[0]
 
     def compute_loss(
         self,
@@ -78,8 +84,8 @@ class TrainerMixin:
             for term, _ in self.regularisers:
                 watching.enter_context(term.watching(model))
             loss, scalars = self.objective(model, inputs, num_items_in_batch)
-        for term, weight in self.regularisers:
-            extra, more = term(model, inputs, num_items_in_batch)
+        for i, (term, weight) in enumerate(self.regularisers, 1):
+            extra, more = term(model, inputs, None if num_items_in_batch is None else self._totals[i])
             loss, scalars = loss + weight * extra, {**scalars, **more}
         for name, value in scalars.items():
             self._scalars.setdefault(name, []).append(value.detach())
@@ -129,7 +135,9 @@ class TrainerMixin:
                 loss = loss / len(batches)  # else the model divided by the labels of the whole step
             return self.accelerator.reduce(loss, "mean" if self.objective is None else "sum")
 
-        return optimizer.estimate(closure)
+        loss = optimizer.estimate(closure)
+        model.train()
+        return loss
 
     def _diverged(self, loss: float) -> str:
         return (
@@ -141,7 +149,10 @@ class TrainerMixin:
     # Evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluation_loss(self, dataloader: Any) -> float:
-        """The objective over a whole data set, divided once by the whole count; over all processes."""
+        """The objective over a whole data set, divided once by the whole count; over all processes.
+
+        Regularisers are left out: they shape training, and are not what is to be good.
+        """
         assert self.objective is not None
         model = self.model
         was = model.training

@@ -17,7 +17,7 @@ def field_of(part: Part, **options: Any) -> dict[str, Any]:
     spec = {"name": part.slug, **options}
     if part.room == "data":
         return {"data": {"select": [spec]}}
-    field = METHODS[part.room]
+    field = "regularisers" if "regulariser" in part.tags else METHODS[part.room]
     return {field: [spec] if isinstance(getattr(Recipe(), field), list) else spec}
 
 

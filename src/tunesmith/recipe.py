@@ -92,7 +92,7 @@ class Recipe(Section):
     def _place(self, slug: str) -> None:
         """Put the part of the shorthand into its field, as if it had been written there."""
         part = catalog.get(slug)
-        place = METHODS.get(part.room)
+        place = "regularisers" if "regulariser" in part.tags else METHODS.get(part.room)
         if place is None:
             raise RecipeError(
                 f"{slug!r} is in the room {part.room}, which has its own command; `method` takes parts of "
@@ -132,6 +132,10 @@ class Recipe(Section):
             for spec in specs:
                 part = catalog.get(spec.name, room)
                 options = {k: v for k, v in spec.options.items() if not (field == "regularisers" and k == "weight")}
+                if field == "objective" and "regulariser" in part.tags:
+                    raise RecipeError(
+                        f"{spec.name!r} adds a term to an objective; it is not one. Put it under `regularisers`."
+                    )
                 if field == "regularisers" and "regulariser" not in part.tags:
                     raise RecipeError(
                         f"{spec.name!r} replaces the objective; it is not a regulariser. Put it under `objective`."

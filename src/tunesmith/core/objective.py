@@ -24,7 +24,10 @@ class Objective(ABC):
     """What is minimised. Options are keyword-only parameters of `__init__`."""
 
     def count(self, batch: Batch) -> Tensor:
-        """What the batch contributes to the total that the loss is divided by, (); labels unless overridden."""
+        """What the batch contributes to the total that the loss is divided by, (); labels unless overridden.
+
+        One number for each term: what would have several divisors counts rows.
+        """
         return count_labels(batch)
 
     @abstractmethod
@@ -45,7 +48,9 @@ class Objective(ABC):
         """Entered around the forward pass of the main objective, for a regulariser that needs what that computes.
 
         A regulariser puts its hooks on here and takes them off again; its own call, right afterwards, then need not
-        run the model.
+        run the model. The main objective may run the model more than once: the last pass counts. Keep outputs in the
+        hooks and compute in the call, since a checkpointed block that runs again must save the same tensors. Called
+        without `watching`, a regulariser runs the model itself.
         """
         yield
 

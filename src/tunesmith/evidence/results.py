@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import itertools
 import json
 import math
+import re
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +31,49 @@ def result_file(slug: str) -> Path:
 
 
 def fingerprint(part: Part) -> str:
-    """Of the source of the part and of its claim: a result made with other source is stale."""
+    """Of what runs in the part and its claim: a result made with other code is stale.
+
+    Docstrings, layout and a claim's explanation of what did not hold, which is written after the run, do not count.
+    """
     part_file = Path(__file__).parents[1] / part.room / f"{part.slug.replace('-', '_')}.py"
     digest = hashlib.sha256()
     for file in (part_file, claim_file(part)):
-        digest.update(file.read_bytes() if file.exists() else b"absent")
+        digest.update(_essence(file.read_text(encoding="utf-8")).encode() if file.exists() else b"absent")
+        digest.update(b"\0")
     return digest.hexdigest()[:16]
+
+
+def _essence(source: str) -> str:
+    """The source without docstrings, the value of `not_held` and white space; the same for every Python version."""
+    tree = ast.parse(source)
+    out = [*_docstrings(tree), *(keyword.value for keyword in _explanations(tree))]
+    lines = source.encode().splitlines(keepends=True)
+    starts = list(itertools.accumulate(map(len, lines), initial=0))
+    text = source.encode()
+    spans = [(starts[n.lineno - 1] + n.col_offset, starts[n.end_lineno - 1] + n.end_col_offset) for n in out]
+    for begin, end in sorted(spans, reverse=True):
+        text = text[:begin] + text[end:]
+    plain = re.sub(r"[\s,]+", " ", text.decode().replace("not_held=", ""))
+    return re.sub(r" ?([()\[\]{}]) ?", r"\1", plain)
+
+
+def _docstrings(tree: ast.AST) -> Iterator[ast.expr]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                yield first.value
+
+
+def _explanations(tree: ast.AST) -> Iterator[ast.keyword]:
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return (keyword for call in calls for keyword in call.keywords if keyword.arg == "not_held")
+
+
+def explanation(part: Part) -> str:
+    """What the claim says of what did not hold, read without running it; empty if nothing."""
+    tree = ast.parse(claim_file(part).read_text(encoding="utf-8"))
+    return next((str(ast.literal_eval(keyword.value)) for keyword in _explanations(tree)), "")
 
 
 def load(slug: str) -> Result | None:

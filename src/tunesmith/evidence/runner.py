@@ -117,7 +117,6 @@ def run_claim(part: Part, *, exact_only: bool = False, console: Console | None =
         "says": claim.says,
         "where": claim.where,
         "ran": claim.ran,
-        "not_held": claim.not_held,
         "exact": {title: [check.to_json() for check in found] for title, found in exact.items()},
         "comparison": comparison,
         "seconds": round(time.perf_counter() - began, 1),

@@ -65,7 +65,7 @@ def _details(part: Part, result: Result) -> list[str]:
         lines += ["| figure | median (range) |", "| --- | --- |"]
         lines += [f"| {name} | {figure(values)} |" for name, values in figures.items()]
     if not results.held(result):
-        lines += ["", f"**What did not hold**: {result['not_held'] or 'not explained yet.'}"]
+        lines += ["", f"**What did not hold**: {results.explanation(part) or 'not explained yet.'}"]
     versions = result["environment"]["versions"]
     made = f"torch {versions['torch']}, transformers {versions['transformers']}, peft {versions['peft']}"
     lines += ["", f"{result['environment']['date']}, {made}, {result['environment']['threads']} threads.", ""]

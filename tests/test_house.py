@@ -12,6 +12,7 @@ import pytest
 
 from tunesmith import catalog, docs
 from tunesmith.core.part import ROOMS
+from tunesmith.evidence import table
 
 HOUSE = Path(catalog.__file__).parent
 FILES = sorted(HOUSE.rglob("*.py"))
@@ -109,3 +110,7 @@ def test_the_example_of_contributing_is_the_real_part() -> None:
 
 def test_the_generated_pages_are_fresh() -> None:
     assert docs.main(["--check"]) == 0
+
+
+def test_the_evidence_page_is_what_the_results_say() -> None:
+    assert table.DOCUMENT.read_text(encoding="utf-8") == table.render(), "run `tunesmith evidence table`"

@@ -8,8 +8,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples in every run: what fails here fails everywhere.
+hypothesis.settings.register_profile("tunesmith", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("tunesmith")
 
 
 @pytest.fixture(autouse=True)

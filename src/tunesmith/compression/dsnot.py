@@ -74,8 +74,6 @@ class DSnoT(Compressor):
     ) -> None:
         if sum(x is not None for x in (sparsity, pattern, mask_from)) > 1:
             raise RecipeError("dsnot: give one of `sparsity`, `pattern` and `mask_from`")
-        if sparsity is not None and not 0 < sparsity < 1:
-            raise RecipeError(f"dsnot: `sparsity` lies between 0 and 1 (both excluded), found {sparsity}")
         self.sparsity = 0.5 if sparsity is None else sparsity
         self.group = parse_pattern(pattern) if pattern is not None else None
         self.masks = Checkpoint(mask_from) if isinstance(mask_from, str) else mask_from

@@ -15,6 +15,7 @@ from tunesmith.report.units import FORMATTED, number
 # A running average over this share of a curve hides the noise of a batch and keeps the shape of a run.
 _SMOOTHING = 0.03
 _DECADES_FOR_LOG = 3.0
+_LEAST_LOG = 1e-300  # below, room on a logarithmic axis would leave the normal numbers
 TINY = 1e-300
 """A range below this is too small to be divided by."""
 _LEAST = 1e-290
@@ -129,7 +130,7 @@ def x_axis(found: Sequence[Curve], categories: list[str], scale: Scale, count: i
     if high / 2 - low / 2 < TINY:
         below, above = beyond(low, high)
         return Axis(below, above, False, list(zip([low], _labels([low], "", False), strict=True)))
-    log = low > 0 and (scale == "log" or (scale == "auto" and _geometric(values)))
+    log = low >= _LEAST_LOG and (scale == "log" or (scale == "auto" and _geometric(values)))
     if log and 1 < len(values) <= 2 * count:
         # Few places that grow by factors are the ones to name: ranks 1, 2, 4, 8.
         return Axis(low, high, True, [(v, _short(v)) for v in values.tolist()])
@@ -142,8 +143,8 @@ def y_axis(found: Sequence[Curve], scale: Scale, unit: str, count: int) -> Axis:
     if len(values) == 0:
         return Axis(0.0, 1.0, False, [])
     low, high = float(values.min()), float(values.max())
-    spans = low > 0 and math.log10(high) - math.log10(low) > _DECADES_FOR_LOG
-    if low > 0 and (scale == "log" or (scale == "auto" and spans)):
+    spans = low >= _LEAST_LOG and math.log10(high) - math.log10(low) > _DECADES_FOR_LOG
+    if low >= _LEAST_LOG and (scale == "log" or (scale == "auto" and spans)):
         room = (math.log10(high) - math.log10(low)) * 0.05 or 0.5
         bottom, top = math.log10(low) - room, math.log10(high) + room
         return _axis(10 ** max(bottom, -307.0), 10 ** min(top, 308.2), True, count, unit)

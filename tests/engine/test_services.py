@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import random
 from pathlib import Path
@@ -270,7 +271,7 @@ def test_answers_are_greedy_and_in_the_order_of_the_rows(make: Any, family: str)
     services = make(family, report={"max_new_tokens": 5})
     rows = rows_of(services, 20)
     tuned = services.fit(rows)
-    model = tuned.generate.__closure__[0].cell_contents
+    model = inspect.getclosurevars(tuned.generate).nonlocals["model"]
     found = tuned.generate(rows)
     for row, text in zip(rows, found, strict=True):
         ids = tokens(services, row["prompt"])
@@ -279,6 +280,14 @@ def test_answers_are_greedy_and_in_the_order_of_the_rows(make: Any, family: str)
         out = out if family == "t5" else out[ids.shape[1] :]
         assert text == services.tokenizer.decode(out, skip_special_tokens=True)
     assert len(set(found)) > 1
+
+
+def test_a_model_with_a_prompt_is_asked_within_its_length(make: Any) -> None:
+    services = make(prompts=[{"name": "dept", "num_virtual_tokens": 2, "rank": 2, "max_length": 16}])
+    tuned = services.fit(rows_of(services))
+    long = {**rows_of(services)[0], "prompt": "a " * 20}
+    assert np.isnan(tuned.loss([long, rows_of(services)[1]])).tolist() == [True, False]
+    assert len(tuned.generate([rows_of(services)[1]])) == 1
 
 
 def test_a_tuned_model_answers_what_it_was_trained_on(make: Any) -> None:

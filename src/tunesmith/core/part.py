@@ -23,9 +23,12 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tunesmith.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 T = TypeVar("T")
 
@@ -104,14 +107,16 @@ def part(
 def _checked(function: Any) -> Any:
     """The function, its keyword-only arguments coerced and checked first, however it is called."""
     slug = function.__module__.rpartition(".")[2].replace("_", "-")
-    options: dict[str, Option] = {}
+
+    @functools.cache  # not before the first call, when everything that annotations name is there
+    def validator() -> Validator:
+        return validator_of(slug, options_of(function, ""))
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not options:
-            options.update(options_of(function, ""))
-        given = {name: value for name, value in kwargs.items() if name in options}
-        checked = validate(slug, options, given)
+        options = validator()
+        given = {name: value for name, value in kwargs.items() if name in options.names}
+        checked = options(given)
         return function(*args, **kwargs | {name: checked[name] for name in given})
 
     return call
@@ -207,7 +212,11 @@ class Part:
         missing = [o.name for o in self.options.values() if o.required and o.name not in given]
         if missing:
             raise RecipeError(f"{self.slug}: option {missing[0]!r}: Field required.")
-        return validate(self.slug, self.options, given)
+        return self._validator(given)
+
+    @cached_property
+    def _validator(self) -> Validator:
+        return validator_of(self.slug, self.options)
 
     def refusals(self, options: Mapping[str, Any]) -> dict[str, str]:
         """What this part cannot run with, and why, for these options."""
@@ -226,25 +235,39 @@ def options_of(function: Any, doc: str) -> dict[str, Option]:
     }
 
 
-def validate(slug: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given options with their types coerced and checked; defaults filled in, None for a required one not given.
+@dataclass(frozen=True)
+class Validator:
+    """Checks options; made once for a part, since an adapter is constructed for every layer."""
 
-    Raises:
-        RecipeError: a value that the option's annotation does not allow.
-    """
+    slug: str
+    names: frozenset[str]
+    model: type[BaseModel]
+
+    def __call__(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The given options with their types coerced; defaults filled in, None for a required one not given.
+
+        Raises:
+            RecipeError: a value that the option's annotation does not allow.
+        """
+        import pydantic
+
+        try:
+            checked = self.model(**given)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(x) for x in first["loc"])
+            raise RecipeError(f"{self.slug}: option {where!r}: {first['msg']}, found {first['input']!r}.") from None
+        return {name: getattr(checked, name) for name in self.model.model_fields}
+
+
+def validator_of(slug: str, options: Mapping[str, Option]) -> Validator:
+    """What checks the options of a part."""
     import pydantic
 
     fields: dict[str, Any] = {o.name: (o.annotation, None if o.required else o.default) for o in options.values()}
     # Options may be called anything a paper calls them, also what pydantic would keep for itself.
     config = pydantic.ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
-    model = pydantic.create_model(f"{slug} options", __config__=config, **fields)
-    try:
-        checked = model(**given)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(x) for x in first["loc"])
-        raise RecipeError(f"{slug}: option {where!r}: {first['msg']}, found {first['input']!r}.") from None
-    return {name: getattr(checked, name) for name in options}
+    return Validator(slug, frozenset(options), pydantic.create_model(f"{slug} options", __config__=config, **fields))
 
 
 def argument_help(doc: str) -> dict[str, str]:

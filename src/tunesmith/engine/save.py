@@ -15,7 +15,7 @@ from torch import nn
 from tunesmith import __version__
 from tunesmith.core.files import staged_folder
 from tunesmith.errors import CheckpointError, ModelError
-from tunesmith.models.loader import load_model
+from tunesmith.models.loader import load_model, merged
 from tunesmith.recipe import Recipe
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -84,10 +84,7 @@ def save_merged(adapter: str, output: Path, *, dtype: str = "auto") -> Path:
     model: Any = loaded.model
     if not isinstance(model, PeftModel):
         raise ModelError(f"{adapter} is a whole model, not an adapter; there is nothing to merge")
-    if not hasattr(model.base_model, "merge_and_unload"):
-        kind = type(model.active_peft_config).__name__
-        raise ModelError(f"{adapter} holds {kind}, which is context and cannot be folded into weights")
-    model = model.merge_and_unload(safe_merge=True)
+    model = merged(model, adapter)
     if dtype == "auto":
         kept = load_model(loaded.source, task=loaded.task).model.dtype
         model = model.to(kept)

@@ -54,6 +54,7 @@ class ModelServices:
         self.task, self.config = gathered.task, base.config
         self.device = PartialState(cpu=not torch.cuda.is_available()).device
         self.size = max(recipe.train.batch_size, _AT_A_TIME)
+        self.limit = token_limit(base.config, recipe.data.max_length).tokens
 
     def offered(self) -> Services:
         """`embed` and `fit` for models of text; a run on pictures offers nothing, and no run offers a reward."""
@@ -73,7 +74,8 @@ class ModelServices:
             ModelError: the model has no hidden state of one width.
         """
         joined = self.task == "seq2seq"
-        ids = [[*e.ids, *e.labels] if joined and isinstance(e.labels, list) else e.ids for e in self._examples(rows)]
+        examples = self._examples(rows)
+        ids = [[*e.ids, *e.labels] if joined and isinstance(e.labels, list) else e.ids for e in examples]
         base: Any = self.base.to(self.device)
         network = base.get_encoder() if self.config.is_encoder_decoder else base.base_model
         found: list[Tensor] = [torch.empty(0)] * len(ids)
@@ -113,14 +115,14 @@ class ModelServices:
             )
             args = args.set_evaluate(strategy="no").set_save(strategy="no").set_logging(strategy="no")
             building.trainer(built, recipe, uses, args, processor=self.tokenizer, evaluate=False).train()
-        model = built.model.eval()
-        return Tuned(lambda asked: self._answers(model, asked), lambda asked: self._losses(model, asked))
+        model, limit = built.model.eval(), built.data.limit  # with prompts, less than that of the base
+        return Tuned(lambda asked: self._answers(model, asked, limit), lambda asked: self._losses(model, asked, limit))
 
-    def _answers(self, model: nn.Module, rows: Rows) -> list[str]:
+    def _answers(self, model: nn.Module, rows: Rows, limit: int | None = None) -> list[str]:
         if self.task == "text-classification":
             raise DataError("a text classifier writes no answers; take a causal or encoder-decoder model")
         prompts = []
-        for number, example in enumerate(self._examples(rows)):
+        for number, example in enumerate(self._examples(rows, limit)):
             ids = example.ids if self.task == "seq2seq" else example.ids[: example.prompt_length]
             if not ids:
                 raise DataError(f"row {number} has no prompt that could be answered; it is plain text")
@@ -132,11 +134,12 @@ class ModelServices:
             max_new_tokens=self.recipe.report.max_new_tokens,
             batch_size=self.size,
             task=self.task,
+            limit=limit or self.limit,
         )
 
     @torch.no_grad()
-    def _losses(self, model: nn.Module, rows: Rows) -> np.ndarray:
-        examples = [self._last_answer(example) for example in self._examples(rows)]
+    def _losses(self, model: nn.Module, rows: Rows, limit: int | None = None) -> np.ndarray:
+        examples = [self._last_answer(example) for example in self._examples(rows, limit)]
         found = np.full(len(examples), np.nan)
         with _evaluating(model):
             for at in self._alike([example.length for example in examples]):
@@ -166,14 +169,13 @@ class ModelServices:
         total = count.index_add(0, row, losses.double())
         return total / count.index_add(0, row, torch.ones_like(losses, dtype=torch.float64))
 
-    def _examples(self, rows: Rows) -> list[Example]:
-        """Rows as tokens, cut to the limit of the run.
+    def _examples(self, rows: Rows, limit: int | None = None) -> list[Example]:
+        """Rows as tokens, cut to `limit`, or to that of the base model.
 
         Raises:
             DataError: a row that cannot be encoded.
         """
-        encoder, listed = self._encoder(), list(rows)
-        limit = token_limit(self.config, self.recipe.data.max_length).tokens
+        encoder, listed, limit = self._encoder(), list(rows), limit or self.limit
         wanted = [name for name in self.gathered.train.dataset.column_names if name not in (WHERE, GROUP)]
         columns = {name: [row[name] for row in listed] for name in wanted}
         examples = []

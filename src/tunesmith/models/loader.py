@@ -232,11 +232,12 @@ def merged(model: Any, name: str) -> nn.Module:
 
     Raises:
         ModelError: the adapter is one of PEFT's own prompts, which no weight can hold.
+        ValueError: from PEFT, weights that are not finite.
     """
     if not hasattr(model.base_model, "merge_and_unload"):
         kind = type(model.active_peft_config).__name__
-        raise ModelError(f"{name} is a {kind}, which cannot be merged into weights; use it as it is")
-    return model.merge_and_unload()
+        raise ModelError(f"{name} holds {kind}, which is context and cannot be folded into weights")
+    return model.merge_and_unload(safe_merge=True)
 
 
 def attach_adapter(model: nn.Module, folder: str, trainable: bool = False) -> nn.Module:

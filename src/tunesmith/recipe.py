@@ -23,6 +23,7 @@ from pydantic import ValidationError as PydanticError
 from tunesmith import catalog
 from tunesmith.core.files import write_text
 from tunesmith.core.part import Use, check_combination
+from tunesmith.core.ranks import RankTable
 from tunesmith.errors import RecipeError, did_you_mean
 from tunesmith.recipe_fields import AdapterSpec, DataSpec, ModelSpec, PartSpec, ReportSpec, Section, TrainSpec
 
@@ -188,6 +189,11 @@ class Recipe(Section):
         """
         found = self.uses()
         self._check_names()
+        for spec, use in zip(self.adapters, found.get("adapters", []), strict=True):
+            if spec.ranks is not None:
+                RankTable.load(spec.ranks)
+                if "rank" not in use.part.options:
+                    raise RecipeError(f"adapters: {spec.name} has no `rank`, which `ranks` could set; leave it out")
         every = [use for uses in found.values() for use in uses]
         own = [use.part.slug for use in every if "own-tuner" in use.part.tags]
         layered = [use.part.slug for field in ("adapters", "prompts") for use in found.get(field, [])]

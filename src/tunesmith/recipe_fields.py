@@ -46,6 +46,10 @@ class AdapterSpec(PartSpec):
     exclude_modules: list[str] | str | None = Field(
         None, description="Layer names or a regular expression to leave out."
     )
+    ranks: dict[str, int] | str | None = Field(
+        None,
+        description="A rank per layer instead of one for all: `{layer: rank}`, or a table that `tunesmith ranks` wrote.",
+    )
 
 
 class ModelSpec(Section):

@@ -14,9 +14,9 @@ import tunesmith
 from tests.zoo import FAMILIES, batch, checkpoint, logits, same, tiny
 from tunesmith import catalog
 from tunesmith.core.adapter import Adapter, stacked
-from tunesmith.core.bridge import TunesmithLayer
 from tunesmith.core.layer import describe
 from tunesmith.core.part import Part
+from tunesmith.core.tuner_layer import TunesmithLayer
 from tunesmith.errors import ModelError
 
 OURS = [p for p in catalog.in_room("adapters") if "own-tuner" not in p.tags]

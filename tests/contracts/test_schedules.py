@@ -33,6 +33,24 @@ def brisk(part: Part) -> Schedule:
     return part.target(**part.validate(part.target.brisk))
 
 
+def begin(schedule: Schedule, step: int, model: nn.Module, given: dict[str, Tensor]) -> None:
+    """As a loop of one's own does."""
+
+    def measure() -> float:
+        with torch.no_grad():
+            return float(model(**given).loss)
+
+    schedule.begin_step(step, measure if schedule.measures else None)
+
+
+def fitting(part: Part, model: nn.Module) -> nn.Module:
+    """With adapters on it, if the part governs nothing else."""
+    if not part.target.adapters_only:
+        return model
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+
+
 def deep(family: str) -> nn.Module:
     """Four blocks, so that a choice leaves something out; two for each side of an encoder-decoder."""
     changes = {"gpt2": {"n_layer": 4}, "t5": {}}.get(family, {"num_hidden_layers": 4})
@@ -43,6 +61,14 @@ def lora(family: str) -> nn.Module:
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     return peft.get_peft_model(deep(family), config).train()
+
+
+GOVERNED = [
+    pytest.param(part, make, id=f"{part.slug}-{make.__name__}")
+    for part in catalog.in_room("schedules")
+    for make in (deep, lora)
+    if make is lora or not part.target.adapters_only
+]
 
 
 def adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
@@ -77,8 +103,7 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-@SCHEDULES
-@pytest.mark.parametrize("make", [deep, lora], ids=["full", "lora"])
+@pytest.mark.parametrize(("part", "make"), GOVERNED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_frozen_does_not_change_and_holds_no_state(part: Part, make: Any, family: str) -> None:
     """Gradients are zeroed, not dropped: one left behind by a frozen parameter would decay it."""
@@ -87,7 +112,7 @@ def test_what_is_frozen_does_not_change_and_holds_no_state(part: Part, make: Any
     schedule.attach(model, optimizer)
     left_out, entered = 0, dict.fromkeys(eligible, 0)
     for step in range(STEPS):
-        schedule.begin_step(step)
+        begin(schedule, step, model, given)
         active = set(named(model))
         assert active <= set(eligible)
         left_out += len(eligible) - len(active)
@@ -109,7 +134,9 @@ def test_what_is_frozen_does_not_change_and_holds_no_state(part: Part, make: Any
     assert set(named(model)) == set(eligible)
 
 
-@SCHEDULES
+@pytest.mark.parametrize(
+    "part", [p for p in catalog.in_room("schedules") if not p.target.measures], ids=lambda p: p.slug
+)
 def test_the_choice_depends_on_the_step_alone(part: Part) -> None:
     model = deep("llama")
     choices = []
@@ -131,7 +158,7 @@ def test_the_choice_depends_on_the_step_alone(part: Part) -> None:
 @pytest.mark.parametrize("stop", [3, 4])
 def test_resuming_gives_the_same_bits(part: Part, stop: int, objective: SFT | None, tmp_path: Path) -> None:
     def trainer(folder: Path, **changes: Any) -> Trainer:
-        model = tiny("llama", num_hidden_layers=4, attention_dropout=0.1)
+        model = fitting(part, tiny("llama", num_hidden_layers=4, attention_dropout=0.1))
         given = {"train_dataset": rows(), "callbacks": [brisk(part)], "objective": objective}
         return Trainer(model=model, args=arguments(folder, **changes), **given)
 
@@ -158,31 +185,32 @@ def test_the_micro_batches_of_a_step_see_one_choice(part: Part, tmp_path: Path) 
             seen.append((self.state.global_step, frozenset(named(model))))
             return loss
 
-    model, schedule = deep("llama"), brisk(part)
+    model, schedule = fitting(part, deep("llama")), brisk(part)
     Watching(model=model, args=arguments(tmp_path), train_dataset=rows(), callbacks=[schedule], objective=SFT()).train()
     assert len(seen) == 2 * STEPS
     assert len(set(seen)) == STEPS
-    schedule.attach(model, adamw(model))
-    for step, choice in dict(seen).items():
-        schedule.begin_step(step)
-        assert set(named(model)) == choice, "steps count from 0"
+    if not schedule.measures:
+        schedule.attach(model, adamw(model))
+        for step, choice in dict(seen).items():
+            schedule.begin_step(step)
+            assert set(named(model)) == choice, "steps count from 0"
     assert len({choice for _, choice in seen}) > 1 or not part.target.brisk
 
 
 @SCHEDULES
 def test_an_optimizer_over_too_little_is_a_clear_error(part: Part) -> None:
-    model = deep("gpt2")
+    model = fitting(part, deep("gpt2"))
     few = torch.optim.AdamW([p for n, p in model.named_parameters() if ".h.3." not in n])
-    with pytest.raises(TunesmithError, match=r"not 'transformer\.h\.3.* build it over all of them first"):
+    with pytest.raises(TunesmithError, match=r"not '.*transformer\.h\.3.* build it over all of them first"):
         brisk(part).attach(model, few)
 
 
 @SCHEDULES
 def test_a_new_run_governs_what_an_interrupted_one_left_frozen(part: Part) -> None:
-    model, schedule = deep("llama"), brisk(part)
+    model, schedule = fitting(part, deep("llama")), brisk(part)
     eligible = set(named(model))
     schedule.attach(model, adamw(model))
-    schedule.begin_step(0)
+    begin(schedule, 0, model, batch("llama"))
     every = [p for p in model.parameters()]
     schedule.attach(model, torch.optim.AdamW(every))
     assert set(schedule.eligible) == eligible
@@ -220,7 +248,7 @@ class Probe(Optimizer):
 
 @SCHEDULES
 def test_forward_only_optimizers_move_what_is_chosen(part: Part, tmp_path: Path) -> None:
-    model, schedule = deep("llama"), brisk(part)
+    model, schedule = fitting(part, deep("llama")), brisk(part)
     before = checkpoint(model)
     touched: list[tuple[set[str], set[str]]] = []
 
@@ -247,8 +275,9 @@ def test_forward_only_optimizers_move_what_is_chosen(part: Part, tmp_path: Path)
 @SCHEDULES
 def test_one_schedule_serves_one_model_after_another(part: Part) -> None:
     schedule = brisk(part)
-    for model in (deep("llama"), deep("bert"), copy.deepcopy(deep("llama"))):
+    for family in ("llama", "bert", "llama"):
+        model = fitting(part, copy.deepcopy(deep(family)))
         schedule.attach(model, adamw(model))
-        schedule.begin_step(0)
+        begin(schedule, 0, model, batch(family))
         assert set(named(model)) <= set(schedule.eligible)
         schedule.detach()

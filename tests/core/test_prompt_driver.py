@@ -13,8 +13,8 @@ from torch import nn
 
 import tunesmith
 from tests.zoo import VOCABULARY, batch, logits, tiny
-from tunesmith.core.bridge import TunesmithLayer
 from tunesmith.core.prompt import Prompt, PromptSpace
+from tunesmith.core.tuner_layer import TunesmithLayer
 from tunesmith.errors import ModelError
 
 LENGTH = 3

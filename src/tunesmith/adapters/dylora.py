@@ -48,7 +48,7 @@ class DyLoRA(LowRank):
         seed: int = 0,
     ) -> None:
         super().__init__(layer, rank, dropout)
-        self.rank, self.alpha, self.frozen, self.seed = rank, alpha, frozen, seed
+        self.alpha, self.frozen, self.seed = alpha, frozen, seed
         self.deployed = rank
         self.drawn: int | None = None
         self._before: tuple[Tensor, Tensor] | None = None

@@ -27,19 +27,23 @@ def lora(
     dropout: NonNegativeFloat = 0.0,
     rslora: bool = False,
     dora: bool = False,
-    init: Literal["default", "gaussian", "pissa", "orthogonal"] = "default",
+    init: Literal["default", "gaussian", "orthogonal"] = "default",
 ) -> PeftConfig:
     """PEFT's LoRA.
 
     Args:
-        common: Targets, modules to save and task type, as `tunesmith.adapter` passes them.
+        common: Targets, modules to save, task type and a rank per layer, as `tunesmith.adapter` passes them.
         rank: r.
         alpha: Scale.
         dropout: On the input of A while training.
         rslora: Scale by alpha / sqrt(r) instead of alpha / r.
         dora: Learn magnitudes apart from directions (DoRA).
-        init: Of A and B, by PEFT's names.
+        init: Of A and B, by PEFT's names; starts that change the base are parts of their own (`pissa`, `corda`, ...).
     """
+    common = {"target_modules": "all-linear", **common}
+    if table := common.pop("ranks", None):
+        patterns = {name: given for name, given in table.items() if given}
+        common |= {"target_modules": list(patterns), "rank_pattern": patterns}
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -47,5 +51,5 @@ def lora(
         use_rslora=rslora,
         use_dora=dora,
         init_lora_weights=True if init == "default" else init,
-        **{"target_modules": "all-linear", **common},
+        **common,
     )

@@ -25,14 +25,14 @@ from torch import Tensor
 
 from tunesmith.core.adapter import Statistics
 from tunesmith.core.layer import LayerSpec
-from tunesmith.core.lowrank import LowRank, matrix_shape, to_matrix
+from tunesmith.core.lowrank import OffsetLowRank, matrix_shape, to_matrix, with_signs
 from tunesmith.core.part import part
-from tunesmith.core.seeds import generator, seed_of
+from tunesmith.core.seeds import forked, generator
 from tunesmith.errors import ModelError
 
 
 @part(paper="arXiv:2407.05000", tags=("mergeable", "low-rank", "needs-statistics"))
-class LoRAGA(LowRank):
+class LoRAGA(OffsetLowRank):
     """A LoRA that starts along the gradient's singular directions.
 
     Args:
@@ -50,7 +50,6 @@ class LoRAGA(LowRank):
         seed: Of the randomised SVD and the random split.
     """
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
     statistics: ClassVar[tuple[str, ...]] = ("gradient",)
 
     def __init__(
@@ -75,17 +74,9 @@ class LoRAGA(LowRank):
                 f"{tuple(layer.shape)} has {min(matrix_shape(layer))}. Lower `rank` or leave the layer out of "
                 "`target_modules`."
             )
-        self.rank, self.direction, self.start_scale, self.gamma = rank, direction, scale, gamma
+        self.direction, self.start_scale, self.gamma = direction, scale, gamma
         self.scaling = alpha / (rank**0.5 if rslora else rank)
         self.svd, self.clip, self.seed = svd, clip, seed
-        self.A0: Tensor
-        self.B0: Tensor
-        self.register_buffer("A0", torch.zeros_like(self.A))
-        self.register_buffer("B0", torch.zeros_like(self.B))
-
-    def factors(self) -> tuple[Tensor, Tensor, float]:
-        # With B0 = 0 the half is idle, but the shapes of a prepared and an unprepared adapter agree.
-        return torch.cat([self.B, -self.B0], dim=1), torch.cat([self.A, self.A0]), self.scaling
 
     def prepare(self, W: Tensor, statistics: Statistics) -> None:
         G = to_matrix(statistics["gradient"], self.layer).float()
@@ -100,18 +91,15 @@ class LoRAGA(LowRank):
         if self.clip:
             ratio = float(W.abs().max() / (self.scaling * (B @ A)).abs().max())
             A, B = A * min(ratio, 1.0) ** 0.5, B * min(ratio, 1.0) ** 0.5
-        with torch.no_grad():
-            for tensor, value in ((self.A, A), (self.A0, A), (self.B, B), (self.B0, B)):
-                tensor.copy_(value)
+        self.start(B, A)
 
     def _singular_vectors(self, G: Tensor) -> tuple[Tensor, Tensor]:
         if self.svd == "exact":
             U, _, Vh = torch.linalg.svd(G, full_matrices=False)
-            return _with_signs(U, Vh.T)
-        with torch.random.fork_rng(devices=[G.device] if G.is_cuda else []):
-            torch.manual_seed(seed_of(self.seed, "lora-ga", self.layer.name))
+            return with_signs(U, Vh.T)
+        with forked(self.seed, "lora-ga", self.layer.name, device=G.device):
             U, _, V = torch.svd_lowrank(G, q=min(4 * self.rank, *G.shape), niter=4)
-        return _with_signs(U, V)
+        return with_signs(U, V)
 
     def _split(self) -> tuple[Tensor, Tensor]:
         r, both = self.rank, torch.arange(2 * self.rank)
@@ -132,13 +120,3 @@ class LoRAGA(LowRank):
         if self.start_scale == "gd":
             return 1.0 / self.scaling
         return float((torch.linalg.svdvals(W)[: self.rank] / self.scaling).sqrt().mean())
-
-
-def _with_signs(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular vectors, the largest entry of each column of V made positive.
-
-    Rounding decides the signs of an SVD, so that processes or batch sizes would start from other factors.
-    """
-    largest = V.gather(0, V.abs().argmax(0, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0)
-    return U * signs, V * signs

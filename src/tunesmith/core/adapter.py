@@ -11,8 +11,9 @@ adapter therefore gives the original model exactly, and two such adapters can li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from tunesmith.core import layer as layers
 from tunesmith.core.layer import LayerSpec
 from tunesmith.core.modelmap import block_linears
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, TunesmithError
 
 Statistics = Mapping[str, Tensor]
 """What one pass over the data says of one layer; see `core.stats.STATISTICS` for names and shapes."""
@@ -46,6 +47,31 @@ class Below(Protocol):
         """The layer's operation on `x` with another weight and bias."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step, as methods are told of it.
+
+    Attributes:
+        number: Counted from 0.
+        total: Steps of the whole run; None where a loop of one's own did not say.
+    """
+
+    number: int
+    total: int | None = None
+
+    def needs_total(self, who: str) -> int:
+        """The total.
+
+        Raises:
+            TunesmithError: it is not known.
+        """
+        if self.total is None:
+            raise TunesmithError(
+                f"{who} follows a schedule over the whole run: write `with tunesmith.step(model, n, total=STEPS):`"
+            )
+        return self.total
+
+
 class Adapter(nn.Module):
     """A change of one frozen layer.
 
@@ -57,11 +83,23 @@ class Adapter(nn.Module):
         statistics: Names of what `prepare` wants; see `core.stats`. A method that wants any cannot train before
             `tunesmith.initialise` was called.
         neutral: Options under which the output at creation equals the base's; empty if the defaults are such.
+        side: Names of what it wants to know of a batch beside the inputs (`core.side`), read as
+            `self.side_context.get(name, rows)`. One that names `group` has an option `groups` and keeps it as an
+            attribute: the names of the groups in order; a run fills it in from the rows' `family` column.
+        brisk: Options under which what happens over steps happens within a few steps of a small model, for tests.
+        group: Name of the PEFT adapter that it belongs to.
+        shared: What `share` made for all layers of one PEFT adapter; None if nothing. The adapter of the first layer
+            owns it (its parameters are saved and counted there), the others refer to it.
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     statistics: ClassVar[tuple[str, ...]] = ()
     neutral: ClassVar[Mapping[str, object]] = {}
+    brisk: ClassVar[Mapping[str, object]] = {}
+    side: ClassVar[tuple[str, ...]] = ()
+    group: str = "default"
+    shared: nn.Module | None = None
+    side_context: Any = None
 
     def __init__(self, layer: LayerSpec) -> None:
         super().__init__()
@@ -78,7 +116,34 @@ class Adapter(nn.Module):
     @property
     def has_steps(self) -> bool:
         """Whether the method does something at every optimizer step."""
-        return type(self).begin_step is not Adapter.begin_step
+        return any(
+            name in vars(cls)
+            for cls in type(self).__mro__[: type(self).__mro__.index(Adapter)]
+            for name in ("begin_step", "end_step", "begin", "end")
+        )
+
+    @classmethod
+    def share(cls, layers: Sequence[LayerSpec], options: Mapping[str, Any]) -> nn.Module | None:
+        """A module for all the layers that one PEFT adapter changes, made before they are: `self.shared` is it.
+
+        Args:
+            layers: In the order of the model.
+            options: Of the part, checked.
+        """
+        return None
+
+    def join(self, shared: nn.Module | None, owner: bool) -> None:
+        """Called once after creation with what `share` made; `owner` for the first layer."""
+        if shared is not None:
+            if owner:
+                self.add_module("shared", shared)
+            else:
+                self.__dict__["shared"] = shared  # not a submodule: it is saved, moved and counted once
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """Whether `prepare` wants the frozen weight alone: it is then called when the adapter is attached."""
+        return type(self).prepare is not Adapter.prepare and not self.statistics
 
     @classmethod
     def targets(cls, model: nn.Module) -> list[str]:
@@ -98,7 +163,42 @@ class Adapter(nn.Module):
         return below.apply(x, self.weight(below.weight), self.bias(below.bias))
 
     def prepare(self, W: Tensor, statistics: Statistics) -> None:
-        """Initialise from the frozen canonical weight and this layer's statistics (`statistics` names which)."""
+        """Initialise from the frozen canonical weight and this layer's statistics (`statistics` names which).
+
+        A method that names no statistics is prepared when it is attached, also before a saved adapter is loaded into
+        it: what follows from the weight alone can be a buffer that is not saved. `W` is that of the base layer,
+        whatever other adapters stand below, in the dtype that it is stored in; dequantised if it is codes.
+        """
+
+    @classmethod
+    def arrange(cls, adapters: Sequence[Self]) -> None:
+        """Called once after `prepare` of every layer, with all of them: to share a budget among them, for instance.
+
+        A `LowRank` may be resized here; one of rank 0 is taken off its layer.
+        """
+
+    @classmethod
+    def begin(cls, adapters: Sequence[Self], step: Step) -> None:
+        """Called before each optimizer step with all layers' adapters of one group, in the order of the model.
+
+        Override it where a decision needs all layers, `begin_step` where each layer decides alone.
+        """
+        for made in adapters:
+            made.begin_step(step.number)
+
+    @classmethod
+    def end(cls, adapters: Sequence[Self], step: Step) -> None:
+        """Called after each optimizer step, likewise. The gradients of the step are still there: accumulated over its
+        micro-batches, averaged over processes, clipped."""
+        for made in adapters:
+            made.end_step()
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a resumed run needs beyond parameters and saved buffers; kept in checkpoints, not in the result."""
+        return {}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `training_state` gave."""
 
     def begin_step(self, step: int) -> None:
         """Called before each optimizer step (not before each micro-batch), if the method overrides it.

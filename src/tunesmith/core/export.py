@@ -9,8 +9,9 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tunesmith.core.bridge import TunesmithConfig, TunesmithLayer
+from tunesmith.core.bridge import TunesmithConfig
 from tunesmith.core.files import staged_folder
+from tunesmith.core.tuner_layer import TunesmithLayer
 from tunesmith.errors import ModelError
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tunesmith.core.files import staged_folder
 from tunesmith.core.merging import Judges, LinearMerge, merged
+from tunesmith.core.reference import CHANGES_BASE
 from tunesmith.core.statedict import Checkpoint, Computed
 from tunesmith.errors import CheckpointError
 
@@ -39,7 +40,6 @@ _NOT_PLAIN = (
     "trainable_token_indices",
     "alora_invocation_tokens",
 )
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LoRAFolder:
@@ -84,7 +84,7 @@ class LoRAFolder:
         if kind != "LORA" or odd:
             what = f"`{odd[0]}` is set" if odd else f"its peft_type is {kind}"
             raise CheckpointError(f"{self.folder} is not a plain LoRA ({what}); merge it into its base model first")
-        if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        if isinstance(start, str) and start.startswith(CHANGES_BASE):
             raise CheckpointError(
                 f"{self.folder}: {start} changes the base weights; save it with "
                 "`path_initial_model_for_weight_conversion`, or merge it into its base model first"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tunesmith.core.adapter import Adapter, Below
 from tunesmith.core.layer import LayerSpec
+from tunesmith.errors import ModelError
 
 
 class LowRank(Adapter):
@@ -29,11 +30,16 @@ class LowRank(Adapter):
 
     def __init__(self, layer: LayerSpec, rank: int, dropout: float = 0.0) -> None:
         super().__init__(layer)
-        out_features, in_features = matrix_shape(layer)
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=layer.device))
-        self.B = nn.Parameter(torch.zeros(out_features, rank, device=layer.device))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout) if dropout else None
+        self.resize(rank)
+
+    def resize(self, rank: int) -> None:
+        """Start anew at another rank: before training, when it is decided how much a layer gets."""
+        out_features, in_features = matrix_shape(self.layer)
+        self.rank = rank
+        self.A = nn.Parameter(torch.empty(rank, in_features, device=self.layer.device))
+        self.B = nn.Parameter(torch.zeros(out_features, rank, device=self.layer.device))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """(B, A, s): (out, r'), (r', in) and the scalar in front. Override this to change the method."""
@@ -67,6 +73,56 @@ class LowRank(Adapter):
     def to_lora(self) -> tuple[Tensor, Tensor]:
         B, A, scale = self.factors()
         return (scale * B).detach(), A.detach()
+
+
+class OffsetLowRank(LowRank):
+    """W' = W + s (B A - B0 A0): a low-rank change whose factors start at (B0, A0); the model starts at the base.
+
+    Papers subtract s B0 A0 from the frozen weight instead. Here the start stays beside the factors as buffers: the base
+    is not modified, what is saved fits the original checkpoint, and the exported LoRA has rank 2r. `prepare` gives the
+    start by calling `start`. Options as `LowRank`, for linear and convolution layers.
+
+    Attributes:
+        scaling: s.
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    scaling: float
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(self, layer: LayerSpec, rank: int, dropout: float = 0.0) -> None:
+        super().__init__(layer, rank, dropout)
+        if rank > (most := min(matrix_shape(layer))):
+            raise ModelError(
+                f"{type(self).__name__} of rank {rank} starts from as many singular directions; {layer.name!r} of "
+                f"shape {tuple(layer.shape)} has {most}. Lower `rank` or leave the layer out of `target_modules`."
+            )
+
+    def resize(self, rank: int) -> None:
+        super().resize(rank)
+        self.register_buffer("A0", torch.zeros_like(self.A))
+        self.register_buffer("B0", torch.zeros_like(self.B))
+
+    def start(self, B: Tensor, A: Tensor) -> None:
+        """Set both the factors and where they started, (out, r) and (r, in)."""
+        with torch.no_grad():
+            for tensor, value in ((self.A, A), (self.A0, A), (self.B, B), (self.B0, B)):
+                tensor.copy_(value)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        # With B0 = 0 the half is idle, but the shapes of a prepared and an unprepared adapter agree.
+        return torch.cat([self.B, -self.B0], dim=1), torch.cat([self.A, self.A0]), self.scaling
+
+
+def with_signs(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular vectors in columns, the largest entry of each column of V made positive.
+
+    Rounding decides the signs of an SVD, so that processes or batch sizes would start from other factors.
+    """
+    largest = V.gather(0, V.abs().argmax(0, keepdim=True))
+    signs = torch.where(largest < 0, -1.0, 1.0)
+    return U * signs, V * signs
 
 
 def matrix_shape(layer: LayerSpec) -> tuple[int, int]:

@@ -56,6 +56,7 @@ TAGS = {
     "own-tuner": "is injected by a PEFT tuner of its own and so stands alone on a model",
     "prepends": "adds virtual tokens to the sequence",
     "needs-statistics": "is initialised from gradients or activations of a few batches",
+    "whole-model": "changes the output head as well, which then is not trained whole beside it",
     "regulariser": "adds a term to the objective instead of replacing it",
     "baseline": "what the others are compared with",
 }

@@ -8,11 +8,11 @@ have been built over everything that may ever train.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tunesmith.errors import TunesmithError
@@ -22,15 +22,22 @@ class Schedule(TrainerCallback):
     """Chooses what trains. Options are keyword-only parameters of `__init__`.
 
     `active(step)` should depend on the step and the options alone (draw with `core.seeds`): a resumed run then needs
-    no state, and processes agree.
+    no state, and processes agree. A method that learns what to choose keeps that in `training_state`, and learns from
+    `measure()`, which is the same in every process.
 
     Attributes:
         brisk: Options under which the choice changes within a few steps of a small model, for tests.
+        measures: Whether the method calls `measure`.
+        adapters_only: Whether it works on models with adapters alone.
     """
 
     brisk: ClassVar[Mapping[str, object]] = {}
+    measures: ClassVar[bool] = False
+    adapters_only: ClassVar[bool] = False
 
     def __init__(self) -> None:
+        self._measure: Callable[[], float] | None = None
+        self._restored: Mapping[str, Tensor] | None = None
         self.model: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.eligible: dict[str, nn.Parameter] = {}
@@ -60,9 +67,44 @@ class Schedule(TrainerCallback):
                 f"{len(missing) - 1} others that the schedule may choose later; build it over all of them first"
             )
         self.on_attach()
+        if self._restored is not None:
+            self.load_training_state(self._restored)
+            self._restored = None
 
-    def begin_step(self, step: int) -> None:
-        """Set what trains in optimizer step `step`; call it before the step's first micro-batch."""
+    def measure(self) -> float:
+        """Loss of the model as it is now on the batches of the step that begins: evaluation mode, no gradients, the
+        mean over all processes.
+
+        Raises:
+            TunesmithError: nobody said how: the Trainer is without `TrainerMixin`, or `begin_step` without `measure`.
+        """
+        if self._measure is None:
+            raise TunesmithError(
+                f"{type(self).__name__} looks at the loss of a step's batches before it: put `tunesmith.TrainerMixin` "
+                "before the Trainer class, or call `begin_step(step, measure=...)` with a function that gives it"
+            )
+        return self._measure()
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What a resumed run needs; kept in checkpoints."""
+        return {}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `training_state` gave; called after `on_attach`."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Keep the state of a checkpoint until the schedule is attached."""
+        self._restored = dict(state)
+
+    def begin_step(self, step: int, measure: Callable[[], float] | None = None) -> None:
+        """Set what trains in optimizer step `step`; call it before the step's first micro-batch.
+
+        Args:
+            step: From 0.
+            measure: Gives the loss of the model on the step's batches, for methods that ask (`measures`).
+        """
+        if measure is not None:
+            self._measure = measure
         chosen = self.active(step)
         if chosen is None:
             return

@@ -7,6 +7,8 @@ resumed run needs no stored random state, and the processes of a distributed run
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -22,6 +24,15 @@ def seed_of(*keys: Key) -> int:
 def generator(*keys: Key, device: str | torch.device = "cpu") -> torch.Generator:
     """A torch generator of its own for these keys."""
     return torch.Generator(device=device).manual_seed(seed_of(*keys))
+
+
+@contextmanager
+def forked(*keys: Key, device: str | torch.device = "cpu") -> Iterator[None]:
+    """torch's own generators seeded by these keys inside the block, and afterwards as they were before."""
+    cuda = torch.device(device).type == "cuda"
+    with torch.random.fork_rng(devices=[torch.device(device)] if cuda else []):
+        torch.manual_seed(seed_of(*keys))
+        yield
 
 
 def integer(low: int, high: int, *keys: Key) -> int:

@@ -4,7 +4,7 @@
     found["model.layers.0.mlp.up_proj"]["gradient"]        # (out, in), float32
 
 Padding is left out of every activation statistic through the batch's attention mask. Memory beyond the model is one
-float32 tensor per layer and statistic; `layers_per_pass` bounds it further by reading the batches several times.
+tensor per layer and statistic; `layers_per_pass` bounds it further by reading the batches several times.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ STATISTICS = {
     "input_mean": "mean of each input feature over tokens, (in,)",
     "input_variance": "population variance of each input feature over tokens, (in,)",
     "input_square": "sum of squares of each input feature over tokens, (in,)",
+    "input_covariance": "population covariance of the input features over tokens, (in, in)",
+    "input_gram": "mean over rows of X^T X, X a row's tokens divided by |max X| (CorDA, section 3.1), (in, in)",
     "tokens": "number of tokens (or pixels) seen, ()",
 }
 _OF_INPUTS = frozenset(STATISTICS) - {"gradient"}
@@ -102,7 +104,7 @@ def _one_pass(
         mask_holder: dict[str, Tensor | None] = {"mask": None}
         for name, module in modules.items():
             if inputs:
-                handle = module.register_forward_pre_hook(_input_sums(sums[name], mask_holder))
+                handle = module.register_forward_pre_hook(_input_sums(sums[name], mask_holder, want))
                 exits.callback(handle.remove)
             if gradients:
                 for handle in _gradient_sums(module, specs[name], sums[name]):
@@ -120,31 +122,51 @@ def _one_pass(
     return {name: _finish(name, sums[name], want, count) for name in names}
 
 
-def _input_sums(sums: dict[str, Tensor], holder: Mapping[str, Tensor | None]) -> Callable[..., None]:
+def _input_sums(sums: dict[str, Tensor], holder: Mapping[str, Tensor | None], want: set[str]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach()
-        mask = holder["mask"]
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             x = x.movedim(1, -1)
-        elif mask is not None and mask.shape == x.shape[:2]:
-            x = x[mask.bool()]
-        elif mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
-            x = x[mask.flatten().bool()]  # OPT lays rows end to end before its feed-forward layers
-        x = x.reshape(-1, x.shape[-1]).double()
+        rows = _without_padding(x, holder["mask"])
+        if "input_gram" in want:
+            _add_gram(sums, rows)
+        x = torch.cat(rows).double()
         # Welford's pooled update: the variance of features with a large mean keeps its digits.
         n, seen = x.shape[0], sums.get("tokens", torch.zeros((), dtype=torch.float64, device=x.device))
         if n == 0:
             return
         mean, total = x.mean(0), seen + n
-        spread = ((x - mean) ** 2).sum(0)
-        if "mean" in sums:
-            delta = mean - sums["mean"]
-            spread = spread + sums["spread"] + delta**2 * (seen * n / total)
-            mean = sums["mean"] + delta * (n / total)
-        sums["mean"], sums["spread"], sums["tokens"] = mean, spread, total
+        centred = x - mean
+        delta = mean - sums["mean"] if "mean" in sums else torch.zeros_like(mean)
+        if "input_covariance" in want:
+            between = torch.outer(delta, delta) * (seen * n / total)
+            sums["products"] = sums.get("products", 0) + centred.T @ centred + between
+        sums["spread"] = sums.get("spread", 0) + (centred**2).sum(0) + delta**2 * (seen * n / total)
+        sums["mean"] = sums["mean"] + delta * (n / total) if "mean" in sums else mean
+        sums["tokens"] = total
         sums["square"] = sums.get("square", 0) + (x**2).sum(0)
 
     return hook
+
+
+def _without_padding(x: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """The tokens of each row of a batch, (n, features) each."""
+    if mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
+        x = x.view(*mask.shape, x.shape[-1])  # OPT lays rows end to end before its feed-forward layers
+    if mask is not None and mask.shape == x.shape[:2]:
+        return [row[real] for row, real in zip(x, mask.bool(), strict=True)]
+    return list(x.reshape(x.shape[0], -1, x.shape[-1]))
+
+
+def _add_gram(sums: dict[str, Tensor], rows: Sequence[Tensor]) -> None:
+    for row in rows:
+        if not row.numel():
+            continue
+        row = row.double()
+        largest = row.max().abs()
+        row = row / largest if largest > 0 else row
+        sums["gram"] = sums.get("gram", 0) + row.T @ row
+        sums["rows"] = sums.get("rows", torch.zeros((), dtype=torch.float64, device=row.device)) + 1
 
 
 def _gradient_sums(module: nn.Module, spec: LayerSpec, sums: dict[str, Tensor]) -> list[Any]:
@@ -187,6 +209,8 @@ def _finish(name: str, sums: dict[str, Tensor], want: set[str], count: int) -> d
         "input_mean": lambda: sums["mean"].float(),
         "input_variance": lambda: (sums["spread"] / sums["tokens"]).float(),
         "input_square": lambda: sums["square"].float(),
+        "input_covariance": lambda: (sums["products"] / sums["tokens"]).float(),
+        "input_gram": lambda: (sums["gram"] / sums["rows"]).float(),
         "tokens": lambda: sums["tokens"].float(),
     }
     return {statistic: made[statistic]() for statistic in want}

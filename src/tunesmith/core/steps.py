@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tunesmith.core.adapter import Adapter, each_adapter
+from tunesmith.core.adapter import Adapter, Step
 from tunesmith.errors import TunesmithError
 
 
@@ -25,7 +25,7 @@ class AdapterSteps(TrainerCallback):
         model: nn.Module,
         **_: Any,
     ) -> None:
-        _begin(model, state.global_step)
+        _begin(model, Step(state.global_step, state.max_steps if state.max_steps > 0 else None))
 
     def on_optimizer_step(
         self,
@@ -35,7 +35,7 @@ class AdapterSteps(TrainerCallback):
         model: nn.Module,
         **_: Any,
     ) -> None:
-        _end(model)
+        _end(model, Step(state.global_step, state.max_steps if state.max_steps > 0 else None))
 
 
 class OwnRates(TrainerCallback):
@@ -66,27 +66,49 @@ def callbacks(model: nn.Module) -> list[TrainerCallback]:
 
 
 @contextmanager
-def step(model: nn.Module, number: int) -> Iterator[None]:
-    """Around one optimizer step, `number` counted from 0: forward, backward, `optimizer.step()`."""
-    _begin(model, number)
+def step(model: nn.Module, number: int, total: int | None = None) -> Iterator[None]:
+    """Around one optimizer step: forward, backward, `optimizer.step()`. Call `zero_grad()` after the block.
+
+    Args:
+        model: With adapters of ours.
+        number: Of the step, from 0.
+        total: Steps of the whole run, which some methods need to know.
+    """
+    here = Step(number, total)
+    _begin(model, here)
     try:
         yield
     finally:
-        _end(model)
+        _end(model, here)
 
 
-def _begin(model: nn.Module, number: int) -> None:
-    def visit(made: Adapter) -> None:
+def _groups(model: nn.Module) -> list[list[Adapter]]:
+    """The adapters in force that have steps, together what belongs together: one method in one PEFT adapter."""
+    found: dict[tuple[type, str], list[Adapter]] = {}
+    for made in in_force(model):
         if made.has_steps:
-            made.begin_step(number)
+            found.setdefault((type(made), made.group), []).append(made)
+    return list(found.values())
+
+
+def in_force(model: nn.Module) -> list[Adapter]:
+    """The adapters of a model that are switched on, in its order; all of them where PEFT does not hold them."""
+    idle: set[Adapter] = set()
+    for module in model.modules():
+        active = getattr(module, "active_adapters", None)
+        held = getattr(module, "tunesmith_adapters", None)
+        if held is not None and active is not None:
+            idle |= {made for name, stack in held.items() if name not in active for made in stack}
+    return [m for m in model.modules() if isinstance(m, Adapter) and m not in idle]
+
+
+def _begin(model: nn.Module, here: Step) -> None:
+    for adapters in _groups(model):
+        type(adapters[0]).begin(adapters, here)
+        for made in adapters:
             made.stepping = True
 
-    each_adapter(model, visit)
 
-
-def _end(model: nn.Module) -> None:
-    def visit(made: Adapter) -> None:
-        if made.has_steps:
-            made.end_step()
-
-    each_adapter(model, visit)
+def _end(model: nn.Module, here: Step) -> None:
+    for adapters in _groups(model):
+        type(adapters[0]).end(adapters, here)

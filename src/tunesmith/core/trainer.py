@@ -5,7 +5,8 @@
 
 It adds, through methods that the Trainer means to be overridden: an objective with the right divisor under gradient
 accumulation and several processes, regularisers, forward-only optimizers, an evaluation loss that is exact over
-tokens, and checkpoints that appear under their name only when they are complete.
+tokens, checkpoints that appear under their name only when they are complete, and in them what schedules and adapters
+keep from step to step.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from tunesmith.core.adapter import Adapter
 from tunesmith.core.files import STAGING_PREFIX, replace_folder
 from tunesmith.core.objective import Objective
 from tunesmith.core.optimizer import set_lr_ratios
 from tunesmith.core.packing import count_tokens
-from tunesmith.errors import TunesmithError
+from tunesmith.core.schedule import Schedule
+from tunesmith.errors import CheckpointError, TunesmithError
+
+STATE_FILE = "tunesmith_state.safetensors"
+"""In a checkpoint: what parts keep from step to step beyond parameters."""
 
 
 class TrainerMixin:
@@ -103,7 +110,59 @@ class TrainerMixin:
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.tokens_seen += sum(count_tokens(batch) for batch in batches)
+        for schedule in self._schedules():
+            if schedule.measures:
+                schedule._measure = lambda: self._loss_of(batches)
         return batches, items
+
+    # What parts ask and keep --------------------------------------------------------------------------------------
+
+    def _schedules(self) -> list[Schedule]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, Schedule)]
+
+    @torch.no_grad()
+    def _loss_of(self, batches: Sequence[dict[str, Any]]) -> float:
+        """The loss of a step's batches in evaluation mode, the mean over processes; no scalars are logged."""
+        model, scalars = self.model, self._scalars
+        was = model.training
+        model.eval()
+        self._scalars = {}
+        try:
+            with self.compute_loss_context_manager():
+                given = [self._prepare_inputs(batch) for batch in batches]
+                losses = [self.compute_loss(model, b) for b in given]
+        finally:
+            model.train(was)
+            self._scalars = scalars
+        mean = torch.stack([loss.detach().float() for loss in losses]).mean()
+        return float(self.accelerator.reduce(mean, "mean"))
+
+    def _training_state(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for i, schedule in enumerate(self._schedules()):
+            found |= {f"schedule/{i}/{key}": value for key, value in schedule.training_state().items()}
+        for name, module in self.accelerator.unwrap_model(self.model).named_modules():
+            if isinstance(module, Adapter):
+                found |= {f"adapter/{name}/{key}": value for key, value in module.training_state().items()}
+        return {key: value.detach().cpu().contiguous() for key, value in found.items()}
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not (file := Path(checkpoint) / STATE_FILE).exists():
+            return
+        owners: dict[str, Any] = {f"schedule/{i}": schedule for i, schedule in enumerate(self._schedules())}
+        for name, module in self.accelerator.unwrap_model(self.model).named_modules():
+            if isinstance(module, Adapter):
+                owners[f"adapter/{name}"] = module
+        held: dict[str, dict[str, Tensor]] = {}
+        for key, value in load_file(file, device=str(self.args.device)).items():
+            owner = next((name for name in owners if key.startswith(f"{name}/")), None)
+            if owner is None:
+                raise CheckpointError(f"{file}: {key!r} belongs to no part of this run; resume it by its own recipe")
+            held.setdefault(owner, {})[key.removeprefix(f"{owner}/")] = value
+        for name, state in held.items():
+            owner = owners[name]
+            owner.restore(state) if isinstance(owner, Schedule) else owner.load_training_state(state)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         made: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
@@ -191,6 +250,9 @@ class TrainerMixin:
         self._staging = final / f"{STAGING_PREFIX}{name}"
         try:
             super()._save_checkpoint(model, trial)
+            state = self._training_state()
+            if state and self.args.should_save:
+                save_file(state, self._staging / name / STATE_FILE)
         finally:
             staging, self._staging = self._staging, None
             self.args.save_total_limit = limit

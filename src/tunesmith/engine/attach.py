@@ -32,13 +32,17 @@ def attach(model: nn.Module, recipe: Recipe, uses: Mapping[str, Sequence[Use]], 
     if not recipe.full:
         if recipe.model.quantization != "none":
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        heads = [name for name in _HEADS if task == "image-classification" and hasattr(model, name)]
-        common: dict[str, Any] = {"task_type": _PEFT_TASK.get(task), "modules_to_save": heads or None}
+        whole_model = any("whole-model" in use.part.tags for use in uses.get("adapters", []))
+        heads = [name for name in _HEADS if task == "image-classification" and hasattr(model, name) and not whole_model]
+        # PEFT trains the head of a classifier whole, if it is told the task.
+        told = None if whole_model and task == "text-classification" else _PEFT_TASK.get(task)
+        common: dict[str, Any] = {"task_type": told, "modules_to_save": heads or None}
         configs = [
             adapter(
                 spec.name,
                 target_modules=spec.target_modules,
                 exclude_modules=spec.exclude_modules,
+                ranks=spec.ranks,
                 **common,
                 **dict(use.options),
             )

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from tunesmith import inputs
-from tunesmith.core import packing
-from tunesmith.core.bridge import initialise
+from tunesmith.core import packing, side
+from tunesmith.core.initialise import initialise
 from tunesmith.core.objective import ModelLoss, Objective
 from tunesmith.core.optimizer import Optimizer
 from tunesmith.core.part import Use
@@ -23,7 +23,7 @@ from tunesmith.core.trainer import TrainerMixin
 from tunesmith.engine import arguments as engine_arguments
 from tunesmith.engine import sharding
 from tunesmith.engine.attach import attach
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import DataError, TunesmithError
 from tunesmith.models.loader import Task
 from tunesmith.objectives.sft import SFT
 from tunesmith.recipe import Recipe
@@ -77,6 +77,7 @@ def build(
     Raises:
         ModelError, DataError: as `attach` and `inputs.encode`.
     """
+    uses = _with_groups(uses, gathered)
     model = attach(base, recipe, uses, gathered.task)
     prompts = [module for module in model.modules() if isinstance(module, Prompt)]
     data = inputs.encode(
@@ -92,9 +93,33 @@ def build(
     for use in uses.get("inference", []):
         use.part.target(**use.options).attach(model)
     built = _laid_out(Built(model, data), recipe, uses)
+    known = side.groups_of(model)
+    if known is not None:
+        built = replace(built, data=replace(built.data, collator=side.Grouped(built.data.collator, known)))
     if start:
         _initialise(built, recipe.train.batch_size)
     return built
+
+
+def _with_groups(uses: Uses, gathered: inputs.Gathered) -> Uses:
+    """The parts, those that tell groups of rows apart with the groups that the training rows have.
+
+    Raises:
+        DataError: the rows name no groups.
+    """
+    adapters = []
+    for use in uses.get("adapters", []):
+        if side.GROUP in getattr(use.part.target, "side", ()) and use.options.get("groups") is None:
+            rows = gathered.train.dataset
+            if side.GROUP not in rows.column_names:
+                raise DataError(
+                    f"{use.part.slug} tells groups of rows apart (tasks, languages), and the rows name none. Say which "
+                    "column does: `data.columns: {family: YOUR_COLUMN}`."
+                )
+            named = sorted({str(name) for name in rows.unique(side.GROUP)})
+            use = Use(use.part, {**use.options, "groups": named})
+        adapters.append(use)
+    return {**uses, "adapters": adapters} if adapters else uses
 
 
 def _laid_out(built: Built, recipe: Recipe, uses: Uses) -> Built:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunesmith.core import side
 from tunesmith.core.loss import IGNORED, labelled, token_losses
 from tunesmith.core.packing import to_device
 from tunesmith.core.report import Sample
@@ -124,6 +125,7 @@ def answers(
     batch_size: int,
     task: Task,
     limit: int | None = None,
+    groups: Sequence[str | None] | None = None,
 ) -> list[str]:
     """Greedy answers to prompts given as token ids; text without special tokens.
 
@@ -135,24 +137,28 @@ def answers(
         batch_size: Prompts at a time.
         task: Of the model.
         limit: Tokens that the model has places for, a decoder's prompt and answer together; None for no limit.
+        groups: Of each prompt, for models whose adapters tell groups apart.
     """
     was = model.training
     model.eval()
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     texts: list[str] = [""] * len(prompts)
+    known = side.groups_of(model)
     for chosen, room in _alike([len(prompt) for prompt in prompts], max_new_tokens, batch_size, limit, task):
         length = max(len(prompts[i]) for i in chosen)
         ids = torch.tensor([[pad] * (length - len(prompts[i])) + list(prompts[i]) for i in chosen])
         mask = torch.tensor([[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
-        out = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=room,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=pad,
-        )
+        beside = {side.GROUP: side.indices(known, (groups[i] for i in chosen))} if known and groups else {}
+        with side.side(model, **{name: value.to(device) for name, value in beside.items()}):
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=room,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=pad,
+            )
         new = out if task == "seq2seq" else out[:, length:]
         for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             texts[i] = text

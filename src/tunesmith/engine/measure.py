@@ -58,6 +58,7 @@ class Measurer:
             batch_size=max(size, 16),
             task=self.task,
             limit=self.data.limit,
+            groups=[rows[i].get(evaluate.GROUP) for i, _ in asked],
         )
         for (i, (prompt, expected)), text in zip(asked, texts, strict=True):
             entry = {"row": i, "prompt": decode(prompt), "expected": decode(expected, skip_special_tokens=True)}

@@ -35,6 +35,7 @@ _LAZY = {
     "merged": "tunesmith.core.merging",
     "Services": "tunesmith.core.selection",
     "Subjects": "tunesmith.core.analysis",
+    "deploy": "tunesmith.core.adapter",
     "step": "tunesmith.core.steps",
     "side": "tunesmith.core.side",
     "RankTable": "tunesmith.core.ranks",

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 import tunesmith
 from tests.zoo import batch, logits, tiny
-from tunesmith.adapters.dylora import DyLoRA, deploy
+from tunesmith.adapters.dylora import DyLoRA
 from tunesmith.core.adapter import stacked
 from tunesmith.core.layer import describe
 from tunesmith.errors import ModelError, TunesmithError
@@ -104,7 +104,7 @@ def test_evaluation_within_a_step_takes_the_deployed_rank() -> None:
 @pytest.mark.parametrize("b", [1, 2, 3, 4])
 def test_deployed_rank(b: int) -> None:
     base, model, given_ = tiny("llama"), adapted(), batch("llama")
-    assert deploy(model, b) == len(layers(model))
+    assert tunesmith.deploy(model, rank=b) == len(layers(model))
     with torch.no_grad():
         for made in layers(model):
             base.get_submodule(made.layer.name).weight += by_hand(made, b)
@@ -119,14 +119,14 @@ def test_ranks_outside_of_what_was_trained_are_errors(b: int) -> None:
     model, given_ = adapted(), batch("llama")
     expected = logits(model, given_)
     with pytest.raises(TunesmithError, match=rf"trained for ranks 1 to 4; {b} was asked"):
-        deploy(model, b)
+        tunesmith.deploy(model, rank=b)
     assert torch.equal(logits(model, given_), expected)
 
 
 def test_saved_at_a_lower_rank_still_holds_all(tmp_path: Path) -> None:
     model, given_ = adapted(), batch("llama")
     expected = logits(model, given_)
-    deploy(model, 1)
+    tunesmith.deploy(model, rank=1)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path), given_), expected)
 

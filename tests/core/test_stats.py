@@ -112,3 +112,25 @@ def test_gradients_do_not_depend_on_how_rows_are_batched() -> None:
     rows = [{key: value[i : i + 1] for key, value in whole.items()} for i in range(len(whole["input_ids"]))]
     at_once, singly = (collect(model, [LAYERS["llama"]], b, want=("gradient",)) for b in ([whole], rows))
     torch.testing.assert_close(at_once, singly, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize("together", [True, False], ids=["one batch", "row by row"])
+def test_covariance_and_gram_are_those_of_the_real_tokens(family: str, together: bool) -> None:
+    layers = {**LAYERS, "opt": "model.decoder.layers.1.fc2"}
+    model, name = tiny(family), layers[family]
+    given = batch(family, rows=3, length=8)
+    given["attention_mask"][1, 5:] = 0
+    rows = [{k: v[i : i + 1] for k, v in given.items()} for i in range(3)]
+    flat = [inputs_of(model, name, row).reshape(-1, row["input_ids"].shape[1], _width(model, name)) for row in rows]
+    tokens = [x[0][row["attention_mask"][0].bool()].double() for x, row in zip(flat, rows, strict=True)]
+    found = collect(model, [name], [given] if together else rows, want=("input_covariance", "input_gram"))[name]
+    covariance = torch.cov(torch.cat(tokens).T, correction=0)
+    gram = torch.stack([(x / x.max().abs()).T @ (x / x.max().abs()) for x in tokens]).mean(0)
+    assert torch.allclose(found["input_covariance"].double(), covariance, atol=1e-5 * float(covariance.abs().max()))
+    assert torch.allclose(found["input_gram"].double(), gram, rtol=1e-4, atol=1e-4 * float(gram.abs().max()))
+
+
+def _width(model: nn.Module, name: str) -> int:
+    module = model.get_submodule(name)
+    return module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
-from tunesmith.core.adapter import each_adapter
 from tunesmith.core.layer import LayerSpec
 from tunesmith.core.lowrank import LowRank
 from tunesmith.core.part import part
@@ -80,22 +79,14 @@ class DyLoRA(LowRank):
             B = torch.cat([B[:, :-1].detach(), B[:, -1:]], dim=1)
         return B, A, self.alpha / b
 
+    def deploy(self, *, rank: int) -> None:
+        """Use the first `rank` components from now on, for evaluation, merging and export.
 
-def deploy(model: nn.Module, rank: int) -> int:
-    """Use the first `rank` components of every DyLoRA layer from now on, for evaluation, merging and export.
-
-    Returns:
-        The number of layers set.
-
-    Raises:
-        TunesmithError: the rank is not in 1..R.
-    """
-
-    def set_rank(made: DyLoRA) -> None:
-        if not 1 <= rank <= made.rank:
+        Raises:
+            TunesmithError: the rank is not in 1..R.
+        """
+        if not 1 <= rank <= self.rank:
             raise TunesmithError(
-                f"DyLoRA on {made.layer.name!r} was trained for ranks 1 to {made.rank}; {rank} was asked"
+                f"DyLoRA on {self.layer.name!r} was trained for ranks 1 to {self.rank}; {rank} was asked"
             )
-        made.deployed = rank
-
-    return each_adapter(model, set_rank, DyLoRA)
+        self.deployed = rank

@@ -8,7 +8,20 @@ import sys
 import typer
 
 from tunesmith import __version__
-from tunesmith.cli import analyze, catalog, compress, evidence, generate, merge, merge_adapter, show, train
+from tunesmith.cli import (
+    analyze,
+    catalog,
+    compress,
+    evidence,
+    export,
+    generate,
+    merge,
+    merge_adapter,
+    pipeline,
+    ranks,
+    show,
+    train,
+)
 from tunesmith.errors import TunesmithError
 
 app = typer.Typer(
@@ -22,8 +35,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.command("train")(train.train)
+app.command("pipeline")(pipeline.pipeline)
 app.command("generate")(generate.generate)
 app.command("merge-adapter")(merge_adapter.merge_adapter)
+app.command("export")(export.export)
+app.command("ranks")(ranks.ranks)
 app.command("merge")(merge.merge)
 app.command("compress")(compress.compress)
 app.command("analyze")(analyze.analyze)

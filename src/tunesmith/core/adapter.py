@@ -11,6 +11,7 @@ adapter therefore gives the original model exactly, and two such adapters can li
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, TypeVar
@@ -214,6 +215,16 @@ class Adapter(nn.Module):
         """(B, A) with W' = W + B A relative to the ORIGINAL weight, (out, r) and (r, in); None if not low rank."""
         return None
 
+    def deploy(self, **choice: Any) -> None:
+        """Settle what the adapter is used as from now on, in evaluation, merging and export, where it can be several.
+
+        An override names what can be chosen as keyword-only parameters (`rank` of DyLoRA).
+
+        Raises:
+            TunesmithError: nothing of that name can be chosen, or not so.
+        """
+        raise TunesmithError(f"{type(self).__name__} is one thing only; there is nothing to choose")
+
     def trainable_count(self) -> int:
         """Numbers that train."""
         return sum(p.numel() for p in self.parameters())
@@ -287,3 +298,34 @@ def each_adapter(model: nn.Module, visit: Callable[[A], None], kind: type[A] = A
     for adapter in found:
         visit(adapter)
     return len(found)
+
+
+def deploy(model: nn.Module, **choice: Any) -> int:
+    """Settle what the adapters of a model are used as from now on, where they can be several: `deploy(model, rank=4)`.
+
+    Returns:
+        The number of adapters told.
+
+    Raises:
+        TunesmithError: no adapter knows the choice, or it is not possible for one of them.
+    """
+
+    def knows(made: Adapter) -> bool:
+        known = inspect.signature(made.deploy).parameters
+        return type(made).deploy is not Adapter.deploy and all(name in known for name in choice)
+
+    told = [m for m in model.modules() if isinstance(m, Adapter) and knows(m)]
+    if not told:
+        possible = sorted(
+            {
+                name
+                for m in model.modules()
+                if isinstance(m, Adapter) and type(m).deploy is not Adapter.deploy
+                for name in inspect.signature(m.deploy).parameters
+            }
+        )
+        hint = f"; what can be chosen is {', '.join(possible)}" if possible else ""
+        raise TunesmithError(f"no adapter of the model can be told {', '.join(choice)}{hint}")
+    for made in told:
+        made.deploy(**choice)
+    return len(told)

@@ -140,7 +140,7 @@ class TunesmithModel(BaseTuner):
         super().__init__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.side_context.enter(self, kwargs)
+        self.side_context.enter(self, kwargs)  # PEFT's own forward passes by the model's hooks
         return super().forward(*args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: TunesmithConfig, model_config: dict) -> TunesmithConfig:
@@ -195,10 +195,12 @@ class TunesmithModel(BaseTuner):
     def _post_injection_hook(self, model: nn.Module, config: TunesmithConfig, adapter_name: str) -> None:
         if any(isinstance(m, Prompt) for m in model.modules()):
             hook(model)
+        self.side_context.attach(model)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         unhook(model)
+        self.side_context.detach()
         return model
 
 

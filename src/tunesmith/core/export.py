@@ -19,7 +19,7 @@ def export_lora(model: nn.Module, folder: str | Path, adapter_name: str = "defau
     """Write an adapter as PEFT's LoRA on the ORIGINAL weights: same outputs, no Tunesmith needed to load it.
 
     Args:
-        model: A PEFT model with an adapter of ours, one part per layer.
+        model: A PEFT model with an adapter of ours. Several low-rank parts on one layer become one of their ranks' sum.
         folder: Replaced as a whole.
         adapter_name: Which adapter.
 
@@ -36,14 +36,15 @@ def export_lora(model: nn.Module, folder: str | Path, adapter_name: str = "defau
         if adapter_name not in layer.tunesmith_adapters:
             continue
         made = list(layer.tunesmith_adapters[adapter_name])
-        exported = made[0].to_lora() if len(made) == 1 else None
-        if exported is None:
+        factors = [part.to_lora() for part in made]
+        low = [pair for pair in factors if pair is not None]
+        if len(low) < len(factors):
             slugs = " + ".join(entry["name"] for entry in config.parts)
             raise ModelError(
                 f"{slugs} makes no low-rank change of {layer.spec.name!r} that a LoRA could hold; fold it into the "
-                "weights instead (merge_and_unload, `tunesmith merge-adapter`)"
+                "weights instead (merge_and_unload, `tunesmith export --as merged`)"
             )
-        B, A = exported
+        B, A = torch.cat([B for B, _ in low], dim=1), torch.cat([A for _, A in low])
         kind = "embedding_" if layer.spec.kind == "embedding" else ""
         suffix = "" if kind else ".weight"
         kernel = layer.spec.shape[2:] if layer.spec.kind == "conv" else ()

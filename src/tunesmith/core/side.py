@@ -31,6 +31,22 @@ class Context:
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
         self.around: dict[str, Tensor] = {}
+        self._handle: Any = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Look at every call of the model, if one of its adapters asks for something."""
+        if self._handle is None and asked(model):
+            self._handle = model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Look no more."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _before(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self.enter(model, kwargs)
+        return args, kwargs
 
     def enter(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
         """Take what the adapters of `model` ask for out of a forward pass's keywords.

@@ -97,7 +97,7 @@ def build(
     if known is not None:
         built = replace(built, data=replace(built.data, collator=side.Grouped(built.data.collator, known)))
     if start:
-        _initialise(built, recipe.train.batch_size)
+        initialise(built.model, statistics_batches(built, recipe.train.batch_size))
     return built
 
 
@@ -141,7 +141,8 @@ def _laid_out(built: Built, recipe: Recipe, uses: Uses) -> Built:
     return replace(built, data=replace(built.data, collator=packing.Flatten()))
 
 
-def _initialise(built: Built, size: int) -> None:
+def statistics_batches(built: Built, size: int) -> list[dict[str, Any]]:
+    """Training batches for what starts from statistics of the data, on the model's device."""
     count = len(built.data.train)
     chosen = (
         range(count) if count <= STATISTICS_ROWS else (i * count // STATISTICS_ROWS for i in range(STATISTICS_ROWS))
@@ -149,7 +150,7 @@ def _initialise(built: Built, size: int) -> None:
     rows = [built.data.train[i] for i in chosen]
     batches = [built.data.collator(rows[i : i + size]) for i in range(0, len(rows), size)]
     device = next(built.model.parameters()).device
-    initialise(built.model, [packing.to_device(batch, device) for batch in batches])
+    return [packing.to_device(batch, device) for batch in batches]
 
 
 def trainer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from peft import PeftModel
 from torch import nn
 
 from tunesmith import __version__
+from tunesmith.core.adapter import deploy
+from tunesmith.core.export import export_lora
 from tunesmith.core.files import staged_folder
 from tunesmith.errors import CheckpointError, ModelError
 from tunesmith.models.loader import load_model, merged
@@ -69,8 +72,37 @@ def save_result(
     return folder
 
 
-def save_merged(adapter: str, output: Path, *, dtype: str = "auto") -> Path:
+def save_lora(adapter: str, output: Path, *, choice: Mapping[str, Any] | None = None) -> Path:
+    """An adapter of ours as PEFT's LoRA on the original weights.
+
+    Args:
+        adapter: A folder, or a run's.
+        output: Of the LoRA; must not exist.
+        choice: What to use the adapter as, where it can be several (`core.adapter.deploy`).
+
+    Raises:
+        ModelError: its change is not low rank.
+        TunesmithError: a choice that it does not have.
+        CheckpointError: as `check_output`.
+    """
+    check_output(output)
+    loaded = load_model(adapter)
+    if not isinstance(loaded.model, PeftModel):
+        raise ModelError(f"{adapter} is a whole model, not an adapter; there is nothing to export")
+    if choice:
+        deploy(loaded.model, **choice)
+    export_lora(loaded.model, output)
+    return output
+
+
+def save_merged(adapter: str, output: Path, *, dtype: str = "auto", choice: Mapping[str, Any] | None = None) -> Path:
     """The base of an adapter with the adapter folded in, as a plain transformers folder.
+
+    Args:
+        adapter: A folder, or a run's.
+        output: Of the model; must not exist.
+        dtype: Of its weights; `auto` for the base's.
+        choice: As in `save_lora`.
 
     Raises:
         ModelError: `adapter` is not an adapter folder; the method cannot be merged; or the architecture's checkpoints
@@ -84,6 +116,8 @@ def save_merged(adapter: str, output: Path, *, dtype: str = "auto") -> Path:
     model: Any = loaded.model
     if not isinstance(model, PeftModel):
         raise ModelError(f"{adapter} is a whole model, not an adapter; there is nothing to merge")
+    if choice:
+        deploy(model, **choice)
     model = merged(model, adapter)
     if dtype == "auto":
         kept = load_model(loaded.source, task=loaded.task).model.dtype

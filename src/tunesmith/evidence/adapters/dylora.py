@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import tunesmith
-from tunesmith.adapters.dylora import DyLoRA, deploy
+from tunesmith.adapters.dylora import DyLoRA
 from tunesmith.core.seeds import generator
 from tunesmith.evidence import kit_digits, kit_text
 from tunesmith.evidence.claim import Check, Claim, Figures
@@ -72,7 +72,7 @@ def every_prefix_is_an_adapter() -> list[Check]:
             for made in _layers(model):
                 weight: Tensor = by_hand.get_submodule(made.layer.name).weight  # type: ignore[assignment]
                 weight += ALPHA / b * made.B[:, :b] @ made.A[:b]
-        deploy(model, b)
+        tunesmith.deploy(model, rank=b)
         results.append(_logits(model))
         apart = max(apart, float((results[-1] - _logits(by_hand)).abs().max()))
     between = min(float((x - y).abs().max()) for i, x in enumerate(results) for y in results[:i])
@@ -88,7 +88,7 @@ def export_is_a_lora_of_rank_b() -> list[Check]:
     base, model = _adapted()
     apart, wrong = 0.0, 0
     for b in RANKS:
-        deploy(model, b)
+        tunesmith.deploy(model, rank=b)
         with TemporaryDirectory() as folder:
             tunesmith.export_lora(model, Path(folder) / "lora")
             loaded = PeftModel.from_pretrained(copy.deepcopy(base), f"{folder}/lora")

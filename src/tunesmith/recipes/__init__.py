@@ -1,0 +1,1 @@
+"""Pipelines of several trainings, a system per file."""

@@ -28,6 +28,12 @@ Statistics = Mapping[str, Tensor]
 """What one pass over the data says of one layer; see `core.stats.STATISTICS` for names and shapes."""
 
 
+class Handle(Protocol):
+    """What takes a hook away again, such as torch's `RemovableHandle`."""
+
+    def remove(self) -> None: ...
+
+
 class Below(Protocol):
     """What an adapter sees of the layer under it, with the adapters under it already applied."""
 
@@ -89,6 +95,7 @@ class Adapter(nn.Module):
             attribute: the names of the groups in order; a run fills it in from the rows' `family` column.
         brisk: Options under which what happens over steps happens within a few steps of a small model, for tests.
         group: Name of the PEFT adapter that it belongs to.
+        switched_on: Whether the adapter is in force: active, not merged, not disabled.
         shared: What `share` made for all layers of one PEFT adapter; None if nothing. The adapter of the first layer
             owns it (its parameters are saved and counted there), the others refer to it.
     """
@@ -101,6 +108,7 @@ class Adapter(nn.Module):
     group: str = "default"
     shared: nn.Module | None = None
     side_context: Any = None
+    switched_on: Callable[[], bool] = staticmethod(lambda: True)
 
     def __init__(self, layer: LayerSpec) -> None:
         super().__init__()
@@ -170,6 +178,20 @@ class Adapter(nn.Module):
         it: what follows from the weight alone can be a buffer that is not saved. `W` is that of the base layer,
         whatever other adapters stand below, in the dtype that it is stored in; dequantised if it is codes.
         """
+
+    def wire(self, model: nn.Module, path: str) -> Iterable[Handle]:
+        """Called once when the adapter is in its place: look at, or reach into, other modules than its layer.
+
+        What is registered must do nothing while `self.switched_on()` is false. `core.attend` reaches into attention.
+
+        Args:
+            model: The base model, adapters included.
+            path: Of the layer in it.
+
+        Returns:
+            What to `remove()` when the adapter is taken off.
+        """
+        return ()
 
     @classmethod
     def arrange(cls, adapters: Sequence[Self]) -> None:

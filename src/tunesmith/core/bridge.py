@@ -22,7 +22,7 @@ from torch import nn
 
 from tunesmith import __version__, catalog
 from tunesmith.core import layer as layers
-from tunesmith.core.adapter import Adapter
+from tunesmith.core.adapter import Adapter, Handle
 from tunesmith.core.prompt import Prompt, hook, space_of, unhook
 from tunesmith.core.ranks import RankTable
 from tunesmith.core.side import Context
@@ -137,7 +137,11 @@ class TunesmithModel(BaseTuner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__["side_context"] = Context()  # layers are injected before nn.Module is ready
+        self.__dict__["_wires"] = {}
         super().__init__(*args, **kwargs)
+
+    side_context: Context
+    _wires: dict[str, list[Handle]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.side_context.enter(self, kwargs)  # PEFT's own forward passes by the model's hooks
@@ -196,11 +200,23 @@ class TunesmithModel(BaseTuner):
         if any(isinstance(m, Prompt) for m in model.modules()):
             hook(model)
         self.side_context.attach(model)
+        for path, layer in list(model.named_modules()):
+            if isinstance(layer, TunesmithLayer) and adapter_name in layer.tunesmith_adapters:
+                for made in layer.tunesmith_adapters[adapter_name]:
+                    self._wires.setdefault(adapter_name, []).extend(made.wire(model, path))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for handle in self._wires.pop(adapter_name, []):
+            handle.remove()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         unhook(model)
         self.side_context.detach()
+        for handle in (h for handles in self._wires.values() for h in handles):
+            handle.remove()
+        self._wires.clear()
         return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,9 +41,15 @@ class TunesmithLayer(nn.Module, BaseTunerLayer):
     def add(self, adapter_name: str, made: Adapter | Prompt) -> None:
         """Put one more part on top of the stack called `adapter_name`."""
         held = self.tunesmith_prompts if isinstance(made, Prompt) else self.tunesmith_adapters
+        if isinstance(made, Adapter):
+            made.switched_on = partial(self.uses, adapter_name)
         if adapter_name not in held:
             held[adapter_name] = nn.ModuleList()
         held[adapter_name].append(made)
+
+    def uses(self, adapter_name: str) -> bool:
+        """Whether the stack of that name is in force."""
+        return not (self.disable_adapters or self.merged) and adapter_name in self.active_adapters
 
     def drop(self, adapter_name: str, made: Collection[Adapter]) -> None:
         """Take some parts off the stack called `adapter_name`."""

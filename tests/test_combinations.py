@@ -22,6 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gradient-checkpointing": {"train": {"gradient_checkpointing": True}},
     "padding-free": {"data": {"padding_free": True}},
     "quantized-base": {"model": {"quantization": "nf4"}},
+    "float-base": {"model": {"quantization": "none"}},
     "full-finetuning": {"method": "full"},
     "encoder-decoder": {"task": "seq2seq"},
 }
@@ -88,7 +89,8 @@ def test_the_settings_tested_here_are_all_that_there_are() -> None:
     assert SETTINGS.keys() == SETTING_TAGS.keys()
     for key, fields in SETTINGS.items():
         recipe = load(joined({"adapters": ["lora"]} if key != "full-finetuning" else {}, QUIET, fields))
-        assert set(recipe.settings(2 if key == "ddp" else 1)) == {key}
+        base = set() if key == "quantized-base" else {"float-base"}
+        assert set(recipe.settings(2 if key == "ddp" else 1)) == {key} | base
 
 
 def test_two_processes_are_ddp_unless_sharded() -> None:

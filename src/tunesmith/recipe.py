@@ -88,7 +88,22 @@ class Recipe(Section):
             self._place(self.method)
         if self.full and self.schedule is None and self.optimizer.name == DEFAULT_OPTIMIZER:
             self.__dict__["adapters"] = [AdapterSpec(name="lora")]
+        self._imply()
         return self
+
+    def _imply(self) -> None:
+        """Give fields that were left out the values that the parts of the recipe are not themselves without."""
+        known = catalog.parts()
+        for spec in [spec for _, _, specs in self._parts() for spec in specs]:
+            for path, value in (known[spec.name].implies if spec.name in known else {}).items():
+                section, _, name = path.rpartition(".")
+                owner = getattr(self, section) if section else self
+                if name in owner.model_fields_set:
+                    continue
+                kind = type(owner).model_fields[name].annotation
+                owner.__dict__[name] = PartSpec(name=value) if kind is PartSpec else value
+                for changed in (owner, self):
+                    changed.__pydantic_fields_set__.add(name if changed is owner else section)
 
     def _place(self, slug: str) -> None:
         """Put the part of the shorthand into its field, as if it had been written there."""
@@ -175,6 +190,7 @@ class Recipe(Section):
                 self.data.padding_free is True or self.data.packing,
                 "data.padding_free or data.packing is true",
             ),
+            "float-base": (self.model.quantization == "none", "model.quantization is none"),
             "quantized-base": (self.model.quantization != "none", f"model.quantization is {self.model.quantization}"),
             "full-finetuning": (self.full, "no adapter or prompt is given, so the base weights train"),
             "encoder-decoder": (self.task == "seq2seq", "the task is seq2seq"),

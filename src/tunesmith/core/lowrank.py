@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -60,11 +60,11 @@ class LowRank(Adapter):
         if self.layer.kind == "embedding":
             return below(x) + scale * F.linear(F.embedding(x, A.T), B)
         out = below(x)
-        x = x.to(A.dtype)
         if self.dropout is not None:
             x = self.dropout(x)
         if self.layer.kind == "linear":
-            return out + (scale * F.linear(F.linear(x, A), B)).to(out.dtype)
+            return out + low_rank(x, A, B, scale).to(out.dtype)
+        x = x.to(A.dtype)
         kernel = self.layer.shape[2:]
         hidden = below.apply(x, A.view(A.shape[0], -1, *kernel), None)
         mixed = torch.einsum("or,br...->bo...", B.to(hidden.dtype), hidden)
@@ -73,6 +73,51 @@ class LowRank(Adapter):
     def to_lora(self) -> tuple[Tensor, Tensor]:
         B, A, scale = self.factors()
         return (scale * B).detach(), A.detach()
+
+
+def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """s x A^T B^T, keeping for the backward pass only `x` as it is.
+
+    Written out, autograd would keep a copy of `x` in the factors' dtype and x A^T; both are cheap to compute again.
+
+    Args:
+        x: (..., in), any floating dtype.
+        A: (r, in).
+        B: (out, r).
+        scale: s.
+
+    Returns:
+        (..., out) in the dtype of the factors; in that of autocast, where it is on.
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else A.dtype
+    return _LowRankProduct.apply(x, A, B, scale, dtype)
+
+
+class _LowRankProduct(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        return F.linear(F.linear(x.to(dtype), A.to(dtype)), (scale * B).to(dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, A, B, ctx.scale, ctx.dtype = inputs
+        ctx.save_for_backward(x, A, B)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B = ctx.saved_tensors
+        lowered = A.to(ctx.dtype)
+        hidden = grad.to(ctx.dtype) @ (ctx.scale * B).to(ctx.dtype)
+        rows = x.to(ctx.dtype).reshape(-1, x.shape[-1])
+        to_x = (hidden @ lowered).to(x.dtype) if ctx.needs_input_grad[0] else None
+        to_A = (hidden.reshape(-1, len(A)).T @ rows).to(A.dtype) if ctx.needs_input_grad[1] else None
+        to_B = None
+        if ctx.needs_input_grad[2]:
+            to_B = (ctx.scale * (grad.to(ctx.dtype).reshape(-1, len(B)).T @ (rows @ lowered.T))).to(B.dtype)
+        return to_x, to_A, to_B, None, None
 
 
 class OffsetLowRank(LowRank):

@@ -70,6 +70,7 @@ SETTING_TAGS = {
     "gradient-checkpointing": "activations recomputed in the backward pass",
     "padding-free": "rows of a batch laid end to end instead of padded",
     "quantized-base": "base weights in 4 or 8 bits",
+    "float-base": "base weights that are not quantised",
     "full-finetuning": "the base weights themselves train",
     "encoder-decoder": "a sequence-to-sequence model",
 }
@@ -81,6 +82,7 @@ def part(
     tags: tuple[str, ...] = (),
     refuses: Mapping[str, str] | None = None,
     extras: tuple[str, ...] = (),
+    implies: Mapping[str, Any] | None = None,
 ) -> Callable[[T], T]:
     """Declare the class or function below as a part of the room whose folder holds its file.
 
@@ -90,8 +92,10 @@ def part(
         refuses: What it cannot run with (a slug, a room, a tag, a tag of the settings), each with the reason. A
             refusal that depends on the options is given by a static method `refusals(options) -> dict[str, str]`.
         extras: Optional dependency groups of the package that it needs.
+        implies: Fields of a recipe by dotted name, with the values that they get when a recipe names the part and
+            leaves them out: what the method is not itself without.
 
-    All four must be literals: the catalogue reads them from the source.
+    All must be literals: the catalogue reads them from the source.
     """
 
     def mark(target: T) -> T:
@@ -181,6 +185,7 @@ class Part:
     tags: tuple[str, ...] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
+    implies: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

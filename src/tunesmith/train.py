@@ -180,6 +180,8 @@ class _Run:
             own_optimizer=bool(self.uses.get("optimizer")),
             unused_parameters=bool(self.uses.get("schedule")),
         )
+        if note := engine_arguments.nothing_to_page(recipe):
+            self.built.notes.append(note)
         meters, stop = Meters(), StopCleanly()
         callbacks = [meters, stop, Progress(self.quiet)]
         made = building.trainer(self.built, recipe, self.uses, args, processor=self.processor, callbacks=callbacks)

@@ -54,11 +54,13 @@ class LowRank(Adapter):
         return W + self.delta().to(W.dtype)
 
     def forward(self, x: Tensor, below: Below) -> Tensor:
-        if self.layer.kind == "conv" and self.layer.groups > 1:
-            return super().forward(x, below)
         B, A, scale = self.factors()
         if self.layer.kind == "embedding":
-            return below(x) + scale * F.linear(F.embedding(x, A.T), B)
+            # The layer's own lookup: some architectures scale what they find.
+            return below(x) + scale * F.linear(below.apply(x, A.T, None), B)
+        if self.layer.kind == "conv" and self.layer.groups > 1:
+            dropped = x if self.dropout is None else self.dropout(x)
+            return below(x) + below.apply(dropped, self.delta(), None)
         out = below(x)
         if self.dropout is not None:
             x = self.dropout(x)
@@ -67,7 +69,8 @@ class LowRank(Adapter):
         x = x.to(A.dtype)
         kernel = self.layer.shape[2:]
         hidden = below.apply(x, A.view(A.shape[0], -1, *kernel), None)
-        mixed = torch.einsum("or,br...->bo...", B.to(hidden.dtype), hidden)
+        channels = -len(kernel) - 1
+        mixed = F.linear(hidden.movedim(channels, -1), B.to(hidden.dtype)).movedim(-1, channels)
         return out + (scale * mixed).to(out.dtype)
 
     def to_lora(self) -> tuple[Tensor, Tensor]:

@@ -39,10 +39,14 @@ def reference(model: nn.Module) -> Iterator[nn.Module]:
                 "without it the model is not the original. Take the part of that name (`pissa`, `corda`, `lora-ga`)."
             )
     was = {module: module.training for module in inner.modules()}
+    # PEFT lets every parameter of an adapter train when it is switched on again, also those that a schedule froze.
+    frozen = [p for p in inner.parameters() if not p.requires_grad]
     inner.eval()
     try:
         with torch.no_grad(), inner.disable_adapter():
             yield inner
     finally:
+        for p in frozen:
+            p.requires_grad_(False)
         for module, training in was.items():
             module.training = training

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from tunesmith.engine.sharding import by_torch
 from tunesmith.errors import RecipeError
 from tunesmith.models.embedded import EMBEDDED
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import DEFAULT_OPTIMIZER, Recipe
 
 ADAPTER_LR, FULL_LR = 2e-4, 2e-5
 # Models this small want larger rates. At 2e-3 the embedded task is learnt and much of what came before is kept.
@@ -92,7 +92,7 @@ def arguments(
     }
     if not own_optimizer:
         given = recipe.optimizer.options
-        options["optim"] = recipe.optimizer.name
+        options["optim"] = DEFAULT_OPTIMIZER if nothing_to_page(recipe) else recipe.optimizer.name
         options |= {k: _float(k, v) if k in _NUMBERS else v for k, v in given.items() if k in _ADAM}
         rest = {k: v for k, v in given.items() if k not in _ADAM}
         if rest and recipe.optimizer.name.startswith("adamw_torch"):
@@ -107,6 +107,16 @@ def arguments(
         return TrainingArguments(**options)
     except ValueError as error:
         raise RecipeError(f"train: {error}") from None
+
+
+def nothing_to_page(recipe: Recipe) -> str | None:
+    """What to say where a paged optimizer was asked for and there is no GPU; None elsewhere."""
+    if not recipe.optimizer.name.startswith("paged_adamw") or torch.cuda.is_available():
+        return None
+    return (
+        f"{recipe.optimizer.name} moves its state to the computer's memory when the GPU's is short; here is no GPU, "
+        "so it is AdamW, whose update is the same"
+    )
 
 
 def _float(name: str, value: Any) -> float:

@@ -18,8 +18,9 @@ from tunesmith.core.adapter import deploy
 from tunesmith.core.export import export_lora
 from tunesmith.core.files import staged_folder
 from tunesmith.errors import CheckpointError, ModelError
-from tunesmith.models.loader import load_model, merged
+from tunesmith.models.loader import Quantization, load_model, merged, resolve
 from tunesmith.recipe import Recipe
+from tunesmith.recipe import load as load_recipe
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -98,6 +99,9 @@ def save_lora(adapter: str, output: Path, *, choice: Mapping[str, Any] | None = 
 def save_merged(adapter: str, output: Path, *, dtype: str = "auto", choice: Mapping[str, Any] | None = None) -> Path:
     """The base of an adapter with the adapter folded in, as a plain transformers folder.
 
+    An adapter that was trained on a quantised base is folded into that base's dequantised weights, which it was fitted
+    to, not into the original ones; what is written is not quantised.
+
     Args:
         adapter: A folder, or a run's.
         output: Of the model; must not exist.
@@ -112,7 +116,10 @@ def save_merged(adapter: str, output: Path, *, dtype: str = "auto", choice: Mapp
     if dtype not in _DTYPES:
         raise ModelError(f"there is no dtype {dtype!r}; expected one of {', '.join(_DTYPES)}")
     check_output(output)
-    loaded = load_model(adapter, dtype="float32" if dtype == "auto" else dtype)
+    trained_on = quantization_of(adapter)
+    loaded = load_model(
+        adapter, dtype="float32" if dtype == "auto" else dtype, quantization=trained_on, dequantize=True
+    )
     model: Any = loaded.model
     if not isinstance(model, PeftModel):
         raise ModelError(f"{adapter} is a whole model, not an adapter; there is nothing to merge")
@@ -128,6 +135,12 @@ def save_merged(adapter: str, output: Path, *, dtype: str = "auto", choice: Mapp
         loaded.processor.save_pretrained(staging)
         (staging / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
     return output
+
+
+def quantization_of(adapter: str) -> Quantization:
+    """What the base of a run's adapter was quantised to; `none` for adapters from elsewhere."""
+    kept = Path(resolve(adapter)) / "recipe.yaml"
+    return load_recipe(kept).model.quantization if kept.exists() else "none"
 
 
 def make_room_for_biases(model: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 import transformers as T
 from torch import nn
 
+from tunesmith.core import surgery
 from tunesmith.core.layer import keep_codes_readable
 from tunesmith.core.statedict import Checkpoint
 from tunesmith.errors import ModelError, did_you_mean
@@ -159,7 +160,13 @@ def load_base(
             "ignore_mismatched_sizes": True,
         }
     try:
-        model = _AUTO[task].from_pretrained(source, trust_remote_code=trust_remote_code, **options)
+        made: Any = _AUTO[task]
+        config = T.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if surgery.recorded(config) is not None:
+            made = surgery.loadable(made._model_mapping[type(config)])
+        else:
+            options["trust_remote_code"] = trust_remote_code
+        model = made.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise ModelError(f"{source} cannot be loaded for {task}: {str(error).splitlines()[0]}") from None
     keep_codes_readable(model)
@@ -188,6 +195,7 @@ def load_model(
     task: Task | None = None,
     dtype: str = "auto",
     quantization: Quantization = "none",
+    dequantize: bool = False,
     merge: bool = False,
     trust_remote_code: bool = False,
 ) -> Loaded:
@@ -198,6 +206,8 @@ def load_model(
         task: Inferred from the checkpoint if not given.
         dtype: As in `load_base`.
         quantization: Of the base.
+        dequantize: Turn the codes of a quantised base back into numbers: the values that it computes with, in floating
+            point.
         merge: Fold an adapter into its base.
         trust_remote_code: Run code that comes with the model.
 
@@ -217,6 +227,8 @@ def load_model(
     model: Any = load_base(
         base, task, dtype=dtype, quantization=quantization, labels=labels, trust_remote_code=trust_remote_code
     )
+    if dequantize and quantization != "none":
+        model = model.dequantize()
     if adapter.exists():
         model = attach_adapter(model, source)
         if merge:

@@ -21,6 +21,8 @@ from tunesmith.errors import ModelError
 
 OURS = [p for p in catalog.in_room("adapters") if "own-tuner" not in p.tags]
 ADAPTERS = pytest.mark.parametrize("part", OURS, ids=lambda p: p.slug)
+MERGING = pytest.mark.parametrize("part", [p for p in OURS if "mergeable" in p.tags], ids=lambda p: p.slug)
+APART = pytest.mark.parametrize("part", [p for p in OURS if "mergeable" not in p.tags], ids=lambda p: p.slug)
 ON = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -55,7 +57,7 @@ def test_starts_at_the_base(part: Part, family: str) -> None:
 
 
 @ON
-@ADAPTERS
+@MERGING
 def test_merged_equals_unmerged_and_keeps_names(part: Part, family: str) -> None:
     base, model, given = adapted(part, family)
     expected = logits(move(model), given)
@@ -67,7 +69,17 @@ def test_merged_equals_unmerged_and_keeps_names(part: Part, family: str) -> None
     assert all(name.endswith("bias") for name in new), "merging may create biases and nothing else"
 
 
-@ADAPTERS
+@APART
+def test_what_cannot_be_merged_says_why(part: Part) -> None:
+    base, model, given = adapted(part, "llama")
+    expected = logits(move(model), given)
+    assert not torch.equal(expected, logits(base, given))
+    with pytest.raises(ModelError, match=r"cannot be merged: \w+"):
+        model.merge_adapter()
+    assert torch.equal(logits(model, given), expected)
+
+
+@MERGING
 def test_merge_and_unmerge_is_bit_exact(part: Part) -> None:
     base, model, _ = adapted(part, "gpt2")
     move(model)
@@ -177,7 +189,7 @@ def test_trainable_count_is_what_trains(part: Part) -> None:
     assert counted == model.get_nb_trainable_parameters()[0] > 0
 
 
-@ADAPTERS
+@MERGING
 @pytest.mark.parametrize(
     ("module", "shape"),
     [

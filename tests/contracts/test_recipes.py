@@ -16,6 +16,7 @@ from tunesmith.core.part import Part
 from tunesmith.core.pipeline import Workshop
 from tunesmith.core.report import Report
 from tunesmith.engine.pipeline import run_pipeline
+from tunesmith.engine.workshop import Bench
 from tunesmith.errors import CheckpointError
 from tunesmith.recipe import Recipe, load
 from tunesmith.train import run
@@ -65,18 +66,20 @@ def test_a_pipeline_ends_with_a_report_and_goes_on_where_it_was_stopped(
     expected = tensors(whole.output)
     assert expected, "a pipeline leaves a model"
 
-    count = 0
-    real = Workshop.do
+    seen: set[str] = set()
 
-    def do(self: Workshop, name: str, work: Callable[[], Any]) -> Any:
-        nonlocal count
-        count += 1
-        if count == 2:
-            raise StoppedError
-        return real(self, name, work)
+    def stopping(real: Callable[..., Any]) -> Callable[..., Any]:
+        def stage(self: Workshop, name: str, *args: Any, **kwargs: Any) -> Any:
+            seen.add(name)
+            if len(seen) == 3:
+                raise StoppedError
+            return real(self, name, *args, **kwargs)
 
+        return stage
+
+    monkeypatch.setattr(Bench, "do", stopping(Bench.do))
+    monkeypatch.setattr(Bench, "train", stopping(Bench.train))
     stopped = recipe("stopped")
-    monkeypatch.setattr(Workshop, "do", do)
     with pytest.raises(StoppedError):
         run_pipeline(part.slug, stopped, options, run)
     monkeypatch.undo()

@@ -117,15 +117,26 @@ def test_what_is_frozen_does_not_change_and_holds_no_state(part: Part, make: Any
         assert active <= set(eligible)
         left_out += len(eligible) - len(active)
         before = {n: p.detach().clone() for n, p in eligible.items()}
+        resting = {
+            n: copy.deepcopy(optimizer.state[p])
+            for n, p in eligible.items()
+            if n not in active and p in optimizer.state
+        }
+        assert schedule.keeps_state or not resting
         model(**given).loss.backward()
         assert {n for n, p in eligible.items() if p.grad is not None} <= active
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         changed = {n for n, p in eligible.items() if not torch.equal(p, before[n])}
         holding = {n for n, p in eligible.items() if p in optimizer.state}
-        assert changed == holding <= active
+        assert changed == holding - resting.keys() <= active
         assert changed
+        for name, kept in resting.items():
+            state = optimizer.state[eligible[name]]
+            assert all(torch.equal(state[key], value) for key, value in kept.items())
         for name in eligible:
+            if name in resting:
+                continue
             entered[name] = entered[name] + 1 if name in holding else 0
             if name in holding:
                 assert int(optimizer.state[eligible[name]]["step"]) == entered[name], "state is fresh on entry"

@@ -109,9 +109,9 @@ def test_an_adapter_takes_its_layers_and_ranks_from_a_table(slug: str, tmp_path:
 
 
 def test_a_table_of_another_model_and_of_too_few_layers_are_refused() -> None:
-    with pytest.raises(RecipeError, match="the model has no layer 'model.layers.0.self_attn.q_proj'"):
+    with pytest.raises(RecipeError, match=r"the model has no layer 'model.layers.0.self_attn.q_proj'"):
         get_peft_model(tiny("gpt2"), tunesmith.adapter("dylora", ranks=table()))
-    with pytest.raises(RecipeError, match="says nothing of 'model.layers.0.self_attn.k_proj'"):
+    with pytest.raises(RecipeError, match=r"says nothing of 'model.layers.0.self_attn.k_proj'"):
         get_peft_model(tiny("llama"), tunesmith.adapter("dylora", ranks=table(), target_modules=["k_proj"]))
     with pytest.raises(RecipeError, match="ssf has no `rank`"):
         get_peft_model(tiny("llama"), tunesmith.adapter("ssf", ranks=table()))

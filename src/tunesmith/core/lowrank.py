@@ -36,10 +36,12 @@ class LowRank(Adapter):
     def resize(self, rank: int) -> None:
         """Start anew at another rank: before training, when it is decided how much a layer gets."""
         out_features, in_features = matrix_shape(self.layer)
+        device = self.A.device if "A" in self._parameters else self.layer.device  # the model may have moved since
         self.rank = rank
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=self.layer.device))
-        self.B = nn.Parameter(torch.zeros(out_features, rank, device=self.layer.device))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.A = nn.Parameter(torch.empty(rank, in_features, device=device))
+        self.B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        if rank:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """(B, A, s): (out, r'), (r', in) and the scalar in front. Override this to change the method."""

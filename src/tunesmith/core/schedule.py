@@ -2,8 +2,8 @@
 
 A schedule is a transformers `TrainerCallback`; in a loop of one's own, call `attach(model, optimizer)` once and
 `begin_step(step)` before each optimizer step. What it leaves out gets no gradient, does not change, and holds no
-optimizer state; a parameter that comes back starts with fresh state, its step counter included. The optimizer must
-have been built over everything that may ever train.
+optimizer state; a parameter that comes back starts with fresh state, its step counter included (a method may say that
+it keeps the state instead). The optimizer must have been built over everything that may ever train.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ class Schedule(TrainerCallback):
         brisk: Options under which the choice changes within a few steps of a small model, for tests.
         measures: Whether the method calls `measure`.
         adapters_only: Whether it works on models with adapters alone.
+        keeps_state: Whether what rests keeps its optimizer state, for methods that choose anew in every step: Adam
+            would begin anew as often.
     """
 
     brisk: ClassVar[Mapping[str, object]] = {}
     measures: ClassVar[bool] = False
     adapters_only: ClassVar[bool] = False
+    keeps_state: bool = False
 
     def __init__(self) -> None:
         self._measure: Callable[[], float] | None = None
@@ -119,7 +122,8 @@ class Schedule(TrainerCallback):
             elif p.requires_grad or p.grad is not None or p in self.optimizer.state:
                 p.requires_grad_(False)
                 p.grad = None
-                self.optimizer.state.pop(p, None)
+                if not self.keeps_state:
+                    self.optimizer.state.pop(p, None)
 
     def detach(self) -> None:
         """Let everything train again."""

@@ -141,10 +141,12 @@ def _input_sums(sums: dict[str, Tensor], holder: Mapping[str, Tensor | None], wa
         if "input_covariance" in want:
             between = torch.outer(delta, delta) * (seen * n / total)
             sums["products"] = sums.get("products", 0) + centred.T @ centred + between
-        sums["spread"] = sums.get("spread", 0) + (centred**2).sum(0) + delta**2 * (seen * n / total)
+        if "input_variance" in want:
+            sums["spread"] = sums.get("spread", 0) + (centred**2).sum(0) + delta**2 * (seen * n / total)
         sums["mean"] = sums["mean"] + delta * (n / total) if "mean" in sums else mean
         sums["tokens"] = total
-        sums["square"] = sums.get("square", 0) + (x**2).sum(0)
+        if "input_square" in want:
+            sums["square"] = sums.get("square", 0) + (x**2).sum(0)
 
     return hook
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.recipes import TRAINING, field_of, joined
+from tests.fields import TRAINING, field_of, joined
 from tunesmith.core.part import ROOMS, SETTING_TAGS, Part, Use
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import load

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.recipes import TRAINING, field_of, joined
+from tests.fields import TRAINING, field_of, joined
 from tunesmith import catalog
 from tunesmith.core.part import Part
 from tunesmith.errors import RecipeError

@@ -115,7 +115,7 @@ def test_gradients_reach_every_trainable_tensor_and_no_base_tensor(part: Part, f
     seen: set[str] = set()
     # A method that trains a part of its tensors at a step reaches all of them over some steps.
     for number in range(40):
-        with tunesmith.step(move(model, 0.01).train(), number):
+        with tunesmith.step(move(model, 0.01).train(), number, 40):
             model(**given).loss.backward()
         seen |= {n for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
         model.zero_grad()
@@ -132,7 +132,7 @@ def test_bf16_autocast_and_bf16_weights(part: Part) -> None:
         base = base if cast else base.to(torch.bfloat16)
         model = get_peft_model(base, tunesmith.adapter(part.slug))
         tunesmith.initialise(model, [given])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast), tunesmith.step(model.train(), 0):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast), tunesmith.step(model.train(), 0, 40):
             loss = model(**given).loss
         loss.backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -151,7 +151,7 @@ def test_activation_checkpointing_gives_the_same_gradients(part: Part) -> None:
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        with tunesmith.step(model.train(), 3):
+        with tunesmith.step(model.train(), 3, 40):
             model(**given).loss.backward()
         results.append([p.grad for p in model.parameters() if p.requires_grad])
     for plain, recomputed in zip(*results, strict=True):

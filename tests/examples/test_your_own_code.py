@@ -38,7 +38,7 @@ from tunesmith.objectives.sft import SFT
 ROOMS = ("adapters", "prompts", "schedules", "optimizers", "objectives")
 PARTS = pytest.mark.parametrize("slug", [part.slug for room in ROOMS for part in catalog.in_room(room)])
 STEPS = 6
-RATES = (1e-4, 1e-3, 1e-2, 1e-1)
+RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 3.0)
 ROWS = [rows()[i] for i in (0, 1, 4)]
 """Prompts and answers of three lengths. A row that begins with its answer is another matter: a prompt before it gives
 its first token a prediction, which transformers' count of labels does not know of."""
@@ -72,7 +72,8 @@ class Setting:
 
     @property
     def needs_mixin(self) -> bool:
-        return self.objective is not None or self.forward_only or self.part.room == "prompts"
+        asks = self.schedule is not None and self.schedule.measures
+        return self.objective is not None or self.forward_only or self.part.room == "prompts" or asks
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         if self.objective is None:
@@ -95,6 +96,8 @@ def setting(slug: str, rate: float) -> Setting:
         tunesmith.initialise(model, [padded(ROWS, "right")])
         return Setting(part, model, sgd(model.double(), rate))
     if part.room == "schedules":
+        if part.target.adapters_only:
+            model = get_peft_model(model, tunesmith.adapter("lora", rank=2, task_type="CAUSAL_LM")).double().train()
         return Setting(part, model, sgd(model, rate), schedule=brisk(part))
     model.model.layers[0].requires_grad_(False)
     if part.room == "optimizers":
@@ -114,6 +117,7 @@ class Outcome:
 
     before: float
     start: dict[str, Tensor]
+    parameters: set[str]
     trained: set[str] = field(default_factory=set)
     after: float = float("nan")
     end: dict[str, Tensor] = field(default_factory=dict)
@@ -130,7 +134,7 @@ def measured(made: Setting) -> float:
 
 def trained(slug: str, rate: float, way: Callable[[Setting, Outcome], None]) -> Outcome:
     made = setting(slug, rate)
-    outcome = Outcome(measured(made), checkpoint(made.model))
+    outcome = Outcome(measured(made), checkpoint(made.model), {name for name, _ in made.model.named_parameters()})
     way(made, outcome)
     outcome.after, outcome.end = measured(made), checkpoint(made.model)
     return outcome
@@ -147,16 +151,16 @@ def loop(made: Setting, outcome: Outcome) -> None:
         made.schedule.attach(model, optimizer)
     for number in range(STEPS):
         if made.schedule is not None:
-            made.schedule.begin_step(number)
+            made.schedule.begin_step(number, (lambda: measured(made)) if made.schedule.measures else None)
         outcome.trained |= {name for name, p in model.named_parameters() if p.requires_grad}
         if made.forward_only:
             model.eval()
             optimizer.step(lambda: made.loss(batch))
             continue
-        with tunesmith.step(model, number):
+        with tunesmith.step(model, number, STEPS):
             made.loss(batch).backward()
             optimizer.step()
-            optimizer.zero_grad()
+        optimizer.zero_grad()
     if made.schedule is not None:
         made.schedule.detach()
 
@@ -216,7 +220,7 @@ def trl_trainer(folder: Path) -> Callable[[Setting, Outcome], None]:
 
 @lru_cache
 def in_a_loop(slug: str) -> tuple[float, Outcome]:
-    """The rate of four with which a plain loop gets furthest, and what it gets."""
+    """The rate with which a plain loop gets furthest, and what it gets."""
     outcomes = [(rate, trained(slug, rate, loop)) for rate in RATES]
     return min(outcomes, key=lambda pair: pair[1].after)
 
@@ -227,7 +231,7 @@ def in_a_loop(slug: str) -> tuple[float, Outcome]:
 def check(outcome: Outcome) -> None:
     assert outcome.after < outcome.before - 0.05
     assert {n for n, t in outcome.end.items() if not t.isfinite().all()} == set()
-    frozen = outcome.start.keys() - outcome.trained
+    frozen = outcome.parameters - outcome.trained
     assert frozen, "a setting in which everything trains says nothing about what does not"
     moved = {name for name in frozen if not torch.equal(outcome.start[name], outcome.end[name])}
     assert not moved

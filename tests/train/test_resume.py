@@ -16,22 +16,41 @@ import torch
 from safetensors.torch import load_file
 
 from tests.zoo import same
+from tunesmith import catalog
+from tunesmith.core.part import Part
 from tunesmith.engine.callbacks import Meters
 from tunesmith.errors import CheckpointError
 from tunesmith.train import InterruptedRunError, run
 
-METHODS: dict[str, dict[str, Any]] = {
+OTHERS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora": {"adapters": [{"name": "lora", "dropout": 0.1}]},
-    "dylora": {"method": "dylora"},
-    "lora-ga": {"adapters": [{"name": "lora-ga", "rank": 2}]},
-    "ssf": {"method": "ssf"},
     "dept": {"prompts": [{"name": "dept", "num_virtual_tokens": 4, "max_length": 64}]},
     "lisa": {"schedule": {"name": "lisa", "layers": 1, "interval": 3}},
+    "ist": {"method": "lora", "schedule": {"name": "ist", "interval": 2, "score_lr": 1e4}},
     "galore": {"optimizer": {"name": "galore", "rank": 4, "period": 3}},
     "mezo": {"optimizer": {"name": "mezo"}, "train.learning_rate": 1e-3, "train.max_grad_norm": 0},
+    "factor-decay": {"method": "lora", "optimizer": "factor-decay"},
     "intuitive-finetuning": {"method": "full", "objective": "intuitive-finetuning"},
+    "ba-lora": {"method": "pissa", "regularisers": ["ba-lora"]},
 }
+
+
+def small(part: Part) -> dict[str, Any]:
+    """An adapter on a tiny model, what it does over steps within a few steps; masks of dropout differ by process."""
+    found = {"name": part.slug, **part.target.brisk}
+    found |= {
+        name: value for name, value in (("rank", 2), ("dropout", 0.0)) if name in part.options and name not in found
+    }
+    return {"adapters": [found]}
+
+
+ADAPTERS = {
+    part.slug: small(part)
+    for part in catalog.in_room("adapters")
+    if "own-tuner" not in part.tags and not part.target.side and "ddp" not in part.refuses
+}
+METHODS = {**OTHERS, **ADAPTERS}
 EVERY = pytest.mark.parametrize("name", METHODS)
 
 

@@ -46,9 +46,11 @@ def export_lora(model: nn.Module, folder: str | Path, adapter_name: str = "defau
             )
         if layer.spec.groups > 1:
             raise ModelError(
-                f"{layer.spec.name!r} is a convolution in {layer.spec.groups} groups, for which PEFT's LoRA has no shape; "
-                "fold the adapter into the weights instead (`tunesmith export --as merged`)"
+                f"{layer.spec.name!r} is a convolution in {layer.spec.groups} groups, for which PEFT's LoRA has no "
+                "shape; fold the adapter into the weights instead (`tunesmith export --as merged`)"
             )
+        if not any(A.shape[0] for _, A in low):
+            continue  # nothing is left of its rank
         B, A = torch.cat([B for B, _ in low], dim=1), torch.cat([A for _, A in low])
         kind = "embedding_" if layer.spec.kind == "embedding" else ""
         suffix = "" if kind else ".weight"

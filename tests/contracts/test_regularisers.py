@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+import tunesmith
 from tests.contracts.test_objectives import LAYOUTS, exact, laid_out, made, rows
 from tests.zoo import DECODERS, same, tiny
 from tunesmith import catalog
@@ -68,7 +69,9 @@ def test_the_watched_pass_is_enough(part: Part) -> None:
 
 @REGULARISERS
 def test_gradients_reach_what_trains_and_nothing_else(part: Part) -> None:
-    model = get_peft_model(tiny("llama", initializer_range=0.3), LoraConfig(target_modules="all-linear"))
+    own = getattr(part.target, "regularises", None)  # some terms are for one adapter's parameters
+    config = tunesmith.adapter(own) if own else LoraConfig(target_modules="all-linear")
+    model = get_peft_model(tiny("llama", initializer_range=0.3), config)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     added(made(part), model, laid_out(rows(), "right")).backward()
     assert any(p.grad is not None and bool(p.grad.any()) for p in model.parameters() if p.requires_grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,3 +183,43 @@ def test_canonical_weights_of_every_layer_type() -> None:
     embedding = nn.Embedding(7, 3)
     spec = layers.describe(embedding, "e")
     assert layers.read_weight(embedding, spec).shape == spec.shape == (7, 3)
+
+
+class Sharing(tunesmith.Adapter):
+    """Adds one number that all layers share."""
+
+    @classmethod
+    def share(cls, layers_: Any, options: Any) -> nn.Module:
+        return nn.ParameterDict({"by": nn.Parameter(torch.zeros(len(layers_)))})
+
+    def weight(self, W: torch.Tensor) -> torch.Tensor:
+        return W + self.shared["by"].sum()  # type: ignore[index]
+
+
+def test_a_shared_module_is_one_is_saved_once_and_is_copied_with_the_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tunesmith import catalog
+    from tunesmith.core.part import Part
+
+    real, made = catalog.get, Part(slug="sharing", room="adapters", module="", name="Sharing", doc="")
+    made.__dict__["target"] = Sharing
+    monkeypatch.setattr(catalog, "get", lambda slug, room=None: made if slug == "sharing" else real(slug, room))
+    base, given = tiny("llama"), batch("llama")
+    model = get_peft_model(copy.deepcopy(base), tunesmith.adapter("sharing", target_modules=["q_proj"]))
+    (name,) = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert "layers.0" in name
+    model.add_adapter("second", tunesmith.adapter("sharing", target_modules=["q_proj"]))
+    with torch.no_grad():
+        model.get_parameter(name).fill_(0.3)
+    expected = logits(model, given)
+    assert not torch.allclose(expected, logits(base, given), atol=1e-3)
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        clone.get_parameter(name).fill_(0.0)
+    assert torch.equal(logits(clone, given), logits(base, given)), "every layer of the copy has the copy's"
+    assert torch.equal(logits(model, given), expected)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(logits(loaded, given), expected)
+    assert torch.allclose(logits(model.merge_and_unload(), given), expected, atol=1e-5)

@@ -266,6 +266,10 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         "engine.generation.answer",
         "engine.subjects.subjects",
         "engine.save.save_merged",
+        "engine.save.save_lora",
+        "engine.ranks.by_method",
+        "engine.ranks.of_adapter",
+        "engine.pipeline.run_pipeline",
         "evidence.runner.run_claims",
         "evidence.table.render",
     ):

@@ -79,7 +79,7 @@ class DyLoRA(LowRank):
             B = torch.cat([B[:, :-1].detach(), B[:, -1:]], dim=1)
         return B, A, self.alpha / b
 
-    def deploy(self, *, rank: int) -> None:
+    def deploy(self, *, rank: int) -> None:  # type: ignore[override]
         """Use the first `rank` components from now on, for evaluation, merging and export.
 
         Raises:

@@ -106,7 +106,7 @@ class Adapter(nn.Module):
     brisk: ClassVar[Mapping[str, object]] = {}
     side: ClassVar[tuple[str, ...]] = ()
     group: str = "default"
-    shared: nn.Module | None = None
+    shared: nn.Module | None
     side_context: Any = None
     switched_on: Callable[[], bool] = staticmethod(lambda: True)
 
@@ -118,6 +118,7 @@ class Adapter(nn.Module):
                 f"{layer.kind} layer. Leave it out of `target_modules`."
             )
         self.layer = layer
+        self.shared = None
         self.stepping = False
         if self.statistics:
             self.register_buffer("prepared", torch.zeros((), dtype=torch.bool))
@@ -143,11 +144,10 @@ class Adapter(nn.Module):
 
     def join(self, shared: nn.Module | None, owner: bool) -> None:
         """Called once after creation with what `share` made; `owner` for the first layer."""
-        if shared is not None:
-            if owner:
-                self.add_module("shared", shared)
-            else:
-                self.__dict__["shared"] = shared  # not a submodule: it is saved, moved and counted once
+        if owner:
+            self.shared = shared
+        else:
+            self.__dict__["shared"] = shared  # not a submodule: it is saved, moved and counted once
 
     @property
     def starts_from_weight(self) -> bool:

@@ -196,7 +196,9 @@ class TunesmithModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             holder.set_requires_grad(adapter_name, False)
 
-    def _post_injection_hook(self, model: nn.Module, config: TunesmithConfig, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; then what parts do beyond their layers, also for the second adapter and the ones after it."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         if any(isinstance(m, Prompt) for m in model.modules()):
             hook(model)
         self.side_context.attach(model)

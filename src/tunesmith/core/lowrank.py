@@ -27,6 +27,8 @@ class LowRank(Adapter):
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
+    A: nn.Parameter
+    B: nn.Parameter
 
     def __init__(self, layer: LayerSpec, rank: int, dropout: float = 0.0) -> None:
         super().__init__(layer)

@@ -27,9 +27,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tunesmith.core.adapter import Adapter, Below, each_adapter
 from tunesmith.core.layer import LayerSpec
+from tunesmith.core.lowrank import low_rank
 from tunesmith.core.part import part
 from tunesmith.core.seeds import generator
 from tunesmith.errors import ModelError, RecipeError
@@ -109,23 +111,16 @@ class TransformedLoRA(Adapter):
         return P
 
     def apply_transform(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """T x (or T^T x) of each row of `x`, (..., in), in the dtype of the cores and without making T."""
+        """T x (or T^T x) of each row of `x`, (..., in), in the dtype of the cores and without making T.
+
+        What lies between the cores is computed again in the backward pass: kept, it would be D times the input.
+        """
         if not self.transform_rank:
             return x
-        R, n = self.transform_rank, math.prod(x.shape[:-1])
-        # T is the identity plus little; cores rounded to 16 bits would lose what they have learned.
-        with torch.autocast(x.device.type, enabled=False):
-            z = x.to(self.cores[0].dtype)
-            first, *others = (A.transpose(0, 1) if transposed else A for A in self.cores)
-            if not others:
-                return F.linear(z, torch.einsum("ijaa->ij", first))
-            # z is (rows, inputs to come, outputs done, ring, ring) from here on. There may be no rows: no -1 in shapes.
-            z = torch.einsum("njr,ijab->nriab", z.reshape(n, len(first), x.shape[-1] // len(first)), first)
-            for d, A in enumerate(others, 2):
-                z = z.reshape(n, len(A), z.shape[1] // len(A), z.shape[2], R, R)
-                ring = "ijbc->nrqiac" if d < len(self.cores) else "ijba->nrqi"
-                z = torch.einsum(f"njrqab,{ring}", z, A).flatten(2, 3)
-            return z.reshape(x.shape)
+        cores = [A.transpose(0, 1) if transposed else A for A in self.cores]
+        if torch.is_grad_enabled():
+            return checkpoint(_transformed, x, *cores, use_reentrant=False, preserve_rng_state=False)
+        return _transformed(x, *cores)
 
     def transform(self) -> Tensor:
         """T as a matrix, (in, in); for looking at it."""
@@ -149,8 +144,7 @@ class TransformedLoRA(Adapter):
         if self.residual == "none":
             return out
         left, right = self.residual_factors()
-        change = F.linear(F.linear(x.to(left.dtype), right), left)
-        return out + (self.scaling * change).to(out.dtype)
+        return out + low_rank(x, right, left, self.scaling).to(out.dtype)
 
     def penalty(self, kind: Penalty = "identity") -> Tensor:
         """How far T's cores are from their start, or from those of an orthogonal T; a scalar, 0 at the start.
@@ -174,6 +168,32 @@ class TransformedLoRA(Adapter):
                 apart, over = gram(A) - torch.einsum("ij,ab->ijab", eye, torch.kron(P, P)), (2, 3)
             total = total + torch.linalg.vector_norm(apart, dim=over).sum()
         return total
+
+
+def _transformed(x: Tensor, *cores: Tensor) -> Tensor:
+    R, n = cores[0].shape[-1], math.prod(x.shape[:-1])
+    # T is the identity plus little; cores rounded to 16 bits would lose what they have learned.
+    with torch.autocast(x.device.type, enabled=False):
+        z = x.to(cores[0].dtype)
+        if R == 1:
+            # A Kronecker product: each core meets its own index where it stands, and nothing is moved.
+            rows = n
+            for core in cores:
+                A = core[:, :, 0, 0]
+                rest = z.numel() // max(rows * len(A), 1)
+                z = F.linear(z.reshape(rows, len(A)), A) if rest == 1 else A @ z.reshape(rows, len(A), rest)
+                rows *= len(A)
+            return z.reshape(x.shape)
+        first, *others = cores
+        if not others:
+            return F.linear(z, torch.einsum("ijaa->ij", first))
+        # z is (rows, inputs to come, outputs done, ring, ring) from here on. There may be no rows: no -1 in shapes.
+        z = torch.einsum("njr,ijab->nriab", z.reshape(n, len(first), x.shape[-1] // len(first)), first)
+        for d, A in enumerate(others, 2):
+            z = z.reshape(n, len(A), z.shape[1] // len(A), z.shape[2], R, R)
+            ring = "ijbc->nrqiac" if d < len(cores) else "ijba->nrqi"
+            z = torch.einsum(f"njrqab,{ring}", z, A).flatten(2, 3)
+        return z.reshape(x.shape)
 
 
 def penalty(model: nn.Module, kind: Penalty = "identity") -> Tensor:

@@ -131,8 +131,8 @@ def table(rows: list[dict[str, Any]], skipped: dict[str, str]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"Forward and backward of one layer, {WIDTH} x {WIDTH}, {TOKENS} tokens, {torch.get_num_threads()} threads; time "
-        "as a ratio to PEFT's LoRA, bytes kept for the backward pass in MiB, ours / PEFT's.",
+        f"Forward and backward of one layer, {WIDTH} x {WIDTH}, {TOKENS} tokens, {torch.get_num_threads()} threads; "
+        "time as a ratio to PEFT's LoRA, bytes kept for the backward pass in MiB, ours / PEFT's.",
     ]
     lines += [f"Not measured: {slug} ({reason})." for slug, reason in skipped.items()]
     return "\n".join(lines) + "\n"

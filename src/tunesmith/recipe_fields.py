@@ -48,7 +48,7 @@ class AdapterSpec(PartSpec):
     )
     ranks: dict[str, int] | str | None = Field(
         None,
-        description="A rank per layer instead of one for all: `{layer: rank}`, or a table that `tunesmith ranks` wrote.",
+        description="A rank per layer instead of one for all: `{layer: rank}`, or a file that `tunesmith ranks` wrote.",
     )
 
 

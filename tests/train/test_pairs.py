@@ -54,9 +54,7 @@ def test_ranks_of_eva_under_ist(recipe: Callable[..., dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_lora_ga_on_a_quantised_base(kind: str, recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    fields = recipe(
-        adapters=[{"name": "lora-ga", "rank": 2}], model={"name": recipe()["model"], "quantization": kind}
-    )
+    fields = recipe(adapters=[{"name": "lora-ga", "rank": 2}], model={"name": recipe()["model"], "quantization": kind})
     assert better(run(None, **fields))
     unmerged = logits(load_model(fields["output"], dtype="float32", quantization=kind).model, GIVEN)  # type: ignore
     found = logits(load_model(str(save_merged(fields["output"], tmp_path / "merged"))).model, GIVEN)

@@ -9,7 +9,7 @@ import typer
 SOURCE = typer.Argument(help="An adapter folder or run, to see its ranks; or a model, with --method.")
 METHOD = typer.Option(None, "--method", help="Make a table by this method: eva, sensitivity, ...")
 DATA = typer.Option(None, "--data", help="Rows to look at, as for `tunesmith train`.")
-RANK = typer.Option(None, "--rank", min=1, help="The mean rank over the layers, for methods that have one.", show_default="the method's own")
+RANK = typer.Option(None, "--rank", min=1, help="The mean rank over the layers, for methods that have one.")
 OUTPUT = typer.Option(None, "--output", dir_okay=False, help="A JSON file that any low-rank adapter takes as `ranks`.")
 SET = typer.Option(None, "--set", metavar="OPTION=VALUE", help="A further option of the method.")
 

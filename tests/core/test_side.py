@@ -35,13 +35,14 @@ class Shift(Adapter):
         return below(x) + add
 
 
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+@pytest.fixture(params=[None, "CAUSAL_LM"])
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     real = catalog.get
     made = Part(slug="shift", room="adapters", module="", name="Shift", doc="", paper="")
     made.__dict__["target"] = Shift
     monkeypatch.setattr(catalog, "get", lambda slug, room=None: made if slug == "shift" else real(slug, room))
-    config = tunesmith.adapter("shift", target_modules=["lm_head"])
+    # PEFT's forward pass takes another way for each.
+    config = tunesmith.adapter("shift", target_modules=["lm_head"], task_type=request.param)
     return get_peft_model(tiny("llama"), config).eval()
 
 

@@ -179,7 +179,7 @@ def _transformed(x: Tensor, *cores: Tensor) -> Tensor:
             # A Kronecker product: each core meets its own index where it stands, and nothing is moved.
             rows = n
             for core in cores:
-                A = core[:, :, 0, 0]
+                A = core[:, :, 0, 0].contiguous()
                 rest = z.numel() // max(rows * len(A), 1)
                 z = F.linear(z.reshape(rows, len(A)), A) if rest == 1 else A @ z.reshape(rows, len(A), rest)
                 rows *= len(A)

@@ -143,10 +143,6 @@ class TunesmithModel(BaseTuner):
     side_context: Context
     _wires: dict[str, list[Handle]]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.side_context.enter(self, kwargs)  # PEFT's own forward passes by the model's hooks
-        return super().forward(*args, **kwargs)
-
     def _prepare_adapter_config(self, peft_config: TunesmithConfig, model_config: dict) -> TunesmithConfig:
         return peft_config
 

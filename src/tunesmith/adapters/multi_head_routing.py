@@ -161,6 +161,13 @@ class MultiHeadRouting(LowRank):
         w = F.logsigmoid(Z).softmax(-1)  # sigma / sum sigma, also where every sigma underflows
         return torch.cat([w, w.mean(0, keepdim=True)])
 
+    def deploy(self, *, task: str | None) -> None:  # type: ignore[override]
+        """As `choose`, for one layer: `tunesmith export --set task=NAME`."""
+        if task is not None and task not in self.groups:
+            known = f"Its tasks: {', '.join(self.groups)}."
+            raise TunesmithError(f"multi-head-routing knows no task {task!r}.{did_you_mean(task, self.groups)} {known}")
+        self.chosen = None if task is None else self.groups.index(task)
+
     def factors(self) -> tuple[Tensor, Tensor, float]:
         w = self.weights()[-1 if self.chosen is None else self.chosen][None]
         return mixed(self.B, w)[0].T, mixed(self.A, w)[0], self.alpha / self.rank

@@ -179,9 +179,11 @@ def _transformed(x: Tensor, *cores: Tensor) -> Tensor:
             # A Kronecker product: each core meets its own index where it stands, and nothing is moved.
             rows = n
             for core in cores:
-                A = core[:, :, 0, 0].contiguous()
+                A = core[:, :, 0, 0]
                 rest = z.numel() // max(rows * len(A), 1)
-                z = F.linear(z.reshape(rows, len(A)), A) if rest == 1 else A @ z.reshape(rows, len(A), rest)
+                # Not `@`, which takes another way, and rounds differently, where a factor is frozen.
+                each = z.reshape(rows, len(A), rest)
+                z = F.linear(each[..., 0], A) if rest == 1 else torch.bmm(A.expand(rows, *A.shape), each)
                 rows *= len(A)
             return z.reshape(x.shape)
         first, *others = cores

@@ -42,6 +42,7 @@ _LAZY = {
     "part": "tunesmith.core.part",
     "load_model": "tunesmith.models",
     "run": "tunesmith.train",
+    "pipeline": "tunesmith.train",
     "Recipe": "tunesmith.recipe",
     "TunesmithError": "tunesmith.errors",
 }

@@ -72,6 +72,33 @@ def run(
     return _Run(asked, uses, folder, checkpoint, quiet=quiet, show=show).go()
 
 
+def pipeline(
+    slug: str,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = True,
+    **options: Any,
+) -> Report:
+    """A pipeline of several trainings, in the recipe's `output`.
+
+    Args:
+        slug: A part of the room `recipes`.
+        recipe: Of a single training, as for `run`.
+        resume: Go on where the same pipeline stopped.
+        overwrite: Replace the pipeline in `output`.
+        quiet: No progress.
+        options: Of the pipeline.
+
+    Raises:
+        RecipeError, DataError, ModelError, CheckpointError, InterruptedRunError: as `run`.
+    """
+    from tunesmith.engine.pipeline import run_pipeline
+
+    return run_pipeline(slug, load(recipe), options, run, resume=resume, overwrite=overwrite, quiet=quiet)
+
+
 class _Run:
     """One run, in the order in which things happen."""
 
@@ -151,7 +178,7 @@ class _Run:
         set_seed(recipe.train.seed)
         self.built = building.build(
             base,
-            recipe,
+            building.as_arranged(recipe, self.checkpoint) if self.checkpoint else recipe,
             self.uses,
             gathered,
             config=config,

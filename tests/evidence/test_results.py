@@ -228,7 +228,7 @@ def test_choosing() -> None:
         ([], None, False, "name parts, or give --room ROOM, or --all"),
         (["lisa"], None, True, "name parts, or give"),
         (["lisa"], "optimizers", False, "name parts, or give"),
-        ([], "recipes", False, "no part of recipes has a claim yet"),
+        ([], "systems", False, "no part of systems has a claim yet"),
         ([], "optimzers", False, "there is no room 'optimzers'. Did you mean 'optimizers'"),
         (["lis"], None, False, "Did you mean 'lisa'"),
         (["lora"], None, False, r"lora has no claim: expected .*evidence/adapters/lora\.py"),

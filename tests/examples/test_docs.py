@@ -211,7 +211,7 @@ def test_a_block_compiles_and_its_names_exist(page: Path, line: int, code: str) 
             inspect.signature(names[call.func.id]).bind(*positional, **keywords)
         if ast.unparse(call.func) in ("tunesmith.adapter", "build"):
             part = catalog.get(positional[0])
-            common = {"target_modules", "exclude_modules", "modules_to_save", "task_type"}
+            common = {"target_modules", "exclude_modules", "modules_to_save", "task_type", "ranks"}
             own = {k: v for k, v in keywords.items() if k not in common}
             part.validate({k: v for k, v in own.items() if k not in part.options or not isinstance(v, ast.expr)})
 

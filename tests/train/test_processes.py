@@ -62,11 +62,11 @@ def compared(
     def compare(launcher: str, changes: dict[str, dict[str, Any]]) -> dict[str, float]:
         jobs = {}
         for name, change in changes.items():
-            common = recipe(**{"train.learning_rate": 1e-3, **change, "output": str(tmp_path / name / "two")})
+            common = recipe(**{"train.learning_rate": 1e-3, **change, "output": str(tmp_path / f"run-{name}" / "two")})
             jobs[name] = {**common, "train.batch_size": 2}
-            run(None, **{**common, "output": str(tmp_path / name / "one"), "train.fsdp": False})
+            run(None, **{**common, "output": str(tmp_path / f"run-{name}" / "one"), "train.fsdp": False})
         launched(launcher, list(jobs.values()), tmp_path)
-        return {name: farthest(str(tmp_path / name / "one"), job["output"]) for name, job in jobs.items()}
+        return {name: farthest(str(tmp_path / f"run-{name}" / "one"), job["output"]) for name, job in jobs.items()}
 
     return compare
 

@@ -254,9 +254,9 @@ class SparseGINAttention(Adapter):
 
     def edges(self, probabilities: Tensor) -> Tensor:
         """E, (B, T, S) float32, of attention weights (B, heads, T, S); the last query is the last key."""
-        A = probabilities.float()
+        A = probabilities.to(self.scale.dtype)
         if self.heads is not None:
-            joined = torch.sigmoid(self.heads(A.movedim(1, -1)).squeeze(-1).float())
+            joined = torch.sigmoid(self.heads(A.movedim(1, -1)).squeeze(-1))
         elif self.aggregation == "any":
             joined = torch.sigmoid((A - self.threshold) / self.tau).amax(1)
         else:
@@ -279,11 +279,11 @@ class SparseGINAttention(Adapter):
                 f"sparse-gin-attention on {self.layer.name!r} was not shown the attention weights of this pass; it "
                 "works inside of a transformers model whose attention goes through its attention interface"
             )
-        n = self.project(residual.float() + y.float())
+        n = self.project(residual.to(self.scale.dtype) + y.to(self.scale.dtype))
         u = self.epsilon * n + edges @ self._with_past(n, edges.shape[-1], cache)
         v = self.second(self.phi(self.first(u))) + u
         out = self.back(self.dropout(self.phi(v)))
-        return y + (self.scale * self.norm(out.float())).to(y.dtype)
+        return y + (self.scale * self.norm(out)).to(y.dtype)
 
     def _with_past(self, n: Tensor, keys: int, cache: Any) -> Tensor:
         """The nodes of all keys, (B, S, g): those of earlier tokens are kept beside the keys in the cache."""

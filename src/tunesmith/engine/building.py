@@ -3,8 +3,10 @@ room `data` train on the way to one."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -24,7 +26,7 @@ from tunesmith.engine import arguments as engine_arguments
 from tunesmith.engine import sharding
 from tunesmith.engine.attach import attach
 from tunesmith.errors import DataError, TunesmithError
-from tunesmith.models.loader import Task
+from tunesmith.models.loader import ADAPTER_CONFIG, Task
 from tunesmith.objectives.sft import SFT
 from tunesmith.recipe import Recipe
 
@@ -99,6 +101,19 @@ def build(
     if start:
         initialise(built.model, statistics_batches(built, recipe.train.batch_size))
     return built
+
+
+def as_arranged(recipe: Recipe, checkpoint: Path) -> Recipe:
+    """The recipe with the ranks that its adapters shared out among their layers before the checkpoint was written."""
+    file = checkpoint / ADAPTER_CONFIG
+    parts = json.loads(file.read_text(encoding="utf-8")).get("parts", []) if file.exists() else []
+    specs = [
+        spec.model_copy(update={"ranks": entry["ranks"], "target_modules": None, "exclude_modules": None})
+        if entry.get("ranks")
+        else spec
+        for spec, entry in zip(recipe.adapters, parts, strict=False)
+    ]
+    return recipe.model_copy(update={"adapters": [*specs, *recipe.adapters[len(specs) :]]})
 
 
 def _with_groups(uses: Uses, gathered: inputs.Gathered) -> Uses:

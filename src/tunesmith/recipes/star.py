@@ -128,12 +128,17 @@ class STAR(Pipeline):
         return under_dropout(opened.model, batches, self.uncertainty, self.passes, workshop.seed, "star", t).mean(0)
 
     def _asked(self, opened: Opened, rows: Dataset, task: str) -> Dataset:
-        """The rows with the model's own answers, where they have answers and theirs may not be looked at."""
+        """The rows with the model's own answers, where they have answers and theirs may not be looked at.
+
+        A row that the model answers by nothing is scored by a full stop, which it then finds unlikely.
+        """
         if self.use_gold or task.endswith("classification"):
             return rows
         answers = opened.answers(rows)
         return rows.map(
-            lambda row, i: with_answer(row, answers[i] or " "), with_indices=True, load_from_cache_file=False
+            lambda row, i: with_answer(row, answers[i] if answers[i].strip() else "."),
+            with_indices=True,
+            load_from_cache_file=False,
         )
 
     def _report(self, workshop: Workshop, trained: list[Trained]) -> Report:

@@ -211,7 +211,15 @@ class _Run:
             self.built.notes.append(note)
         meters, stop = Meters(), StopCleanly()
         callbacks = [meters, stop, Progress(self.quiet)]
-        made = building.trainer(self.built, recipe, self.uses, args, processor=self.processor, callbacks=callbacks)
+        made = building.trainer(
+            self.built,
+            recipe,
+            self.uses,
+            args,
+            processor=self.processor,
+            callbacks=callbacks,
+            start=self.checkpoint is None,
+        )
         return made, meters, stop
 
     def _save(self, trainer: building.Trainer) -> None:

@@ -16,6 +16,7 @@ from tunesmith import catalog
 from tunesmith.core.adapter import Adapter, stacked
 from tunesmith.core.layer import describe
 from tunesmith.core.part import Part
+from tunesmith.core.sparse_export import sparse_delta
 from tunesmith.core.tuner_layer import TunesmithLayer
 from tunesmith.errors import ModelError
 
@@ -234,6 +235,22 @@ def test_to_lora_is_the_change_of_the_original_weight(part: Part) -> None:
             W = stacked(layer.get_base_layer(), layer.spec, []).weight
             B, A = exported
             assert torch.allclose(adapter.weight(W), W + B @ A, atol=1e-5)
+
+
+@ON
+@ADAPTERS
+def test_a_sparse_change_exports_as_a_delta(part: Part, family: str) -> None:
+    base, model, given = adapted(part, family)
+    if "sparse" not in part.tags:
+        with pytest.raises(ModelError, match="more than few entries"):
+            sparse_delta(model)
+        return
+    expected = logits(move(model), given)
+    assert not torch.allclose(expected, logits(base, given), atol=1e-4)
+    delta = sparse_delta(model)
+    with delta.applied(base):
+        assert torch.allclose(logits(base, given), expected, atol=1e-5 * float(expected.abs().max()))
+    assert 0 < delta.count < 0.5 * sum(p.numel() for p in base.parameters())
 
 
 @ADAPTERS

@@ -33,6 +33,14 @@ def brisk(part: Part) -> Schedule:
     return part.target(**part.validate(part.target.brisk))
 
 
+def ready(part: Part, model: nn.Module, family: str = "llama") -> Schedule:
+    """With what it wants to know of the data, which an engine tells it by itself."""
+    schedule = brisk(part)
+    if schedule.statistics:
+        schedule.calibrate(model, [batch(family)])
+    return schedule
+
+
 def begin(schedule: Schedule, step: int, model: nn.Module, given: dict[str, Tensor]) -> None:
     """As a loop of one's own does."""
 
@@ -40,7 +48,10 @@ def begin(schedule: Schedule, step: int, model: nn.Module, given: dict[str, Tens
         with torch.no_grad():
             return float(model(**given).loss)
 
-    schedule.begin_step(step, measure if schedule.measures else None)
+    def backward() -> None:
+        model(**given).loss.backward()
+
+    schedule.begin_step(step, *((measure, backward) if schedule.measures else ()))
 
 
 def fitting(part: Part, model: nn.Module) -> nn.Module:
@@ -108,7 +119,7 @@ def named(model: nn.Module) -> dict[str, nn.Parameter]:
 def test_what_is_frozen_does_not_change_and_holds_no_state(part: Part, make: Any, family: str) -> None:
     """Gradients are zeroed, not dropped: one left behind by a frozen parameter would decay it."""
     model, given = make(family), batch(family)
-    optimizer, schedule, eligible = adamw(model), brisk(part), named(model)
+    optimizer, schedule, eligible = adamw(model), ready(part, model, family), named(model)
     schedule.attach(model, optimizer)
     left_out, entered = 0, dict.fromkeys(eligible, 0)
     for step in range(STEPS):
@@ -152,7 +163,7 @@ def test_the_choice_depends_on_the_step_alone(part: Part) -> None:
     model = deep("llama")
     choices = []
     for order in (range(STEPS), reversed(range(STEPS))):
-        schedule = brisk(part)
+        schedule = ready(part, model)
         schedule.attach(model, adamw(model))
         seen = {}
         for step in order:
@@ -168,9 +179,10 @@ def test_the_choice_depends_on_the_step_alone(part: Part) -> None:
 @pytest.mark.parametrize("objective", [None, SFT()], ids=["model's loss", "sft"])
 @pytest.mark.parametrize("stop", [3, 4])
 def test_resuming_gives_the_same_bits(part: Part, stop: int, objective: SFT | None, tmp_path: Path) -> None:
-    def trainer(folder: Path, **changes: Any) -> Trainer:
+    def trainer(folder: Path, resumes: bool = False, **changes: Any) -> Trainer:
         model = fitting(part, tiny("llama", num_hidden_layers=4, attention_dropout=0.1))
-        given = {"train_dataset": rows(), "callbacks": [brisk(part)], "objective": objective}
+        schedule = brisk(part) if resumes else ready(part, model)
+        given = {"train_dataset": rows(), "callbacks": [schedule], "objective": objective}
         return Trainer(model=model, args=arguments(folder, **changes), **given)
 
     through = trainer(tmp_path / "through")
@@ -178,7 +190,7 @@ def test_resuming_gives_the_same_bits(part: Part, stop: int, objective: SFT | No
     first = trainer(tmp_path / "stopped", save_strategy="steps", save_steps=stop)
     first.train()
     assert same(checkpoint(first.model), checkpoint(through.model))
-    resumed = trainer(tmp_path / "stopped")
+    resumed = trainer(tmp_path / "stopped", resumes=True)
     resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / f"checkpoint-{stop}"))
     assert resumed.state.global_step == STEPS
     assert same(checkpoint(resumed.model), checkpoint(through.model))
@@ -196,7 +208,8 @@ def test_the_micro_batches_of_a_step_see_one_choice(part: Part, tmp_path: Path) 
             seen.append((self.state.global_step, frozenset(named(model))))
             return loss
 
-    model, schedule = fitting(part, deep("llama")), brisk(part)
+    model = fitting(part, deep("llama"))
+    schedule = ready(part, model)
     Watching(model=model, args=arguments(tmp_path), train_dataset=rows(), callbacks=[schedule], objective=SFT()).train()
     assert len(seen) == 2 * STEPS
     assert len(set(seen)) == STEPS
@@ -218,7 +231,8 @@ def test_an_optimizer_over_too_little_is_a_clear_error(part: Part) -> None:
 
 @SCHEDULES
 def test_a_new_run_governs_what_an_interrupted_one_left_frozen(part: Part) -> None:
-    model, schedule = fitting(part, deep("llama")), brisk(part)
+    model = fitting(part, deep("llama"))
+    schedule = ready(part, model)
     eligible = set(named(model))
     schedule.attach(model, adamw(model))
     begin(schedule, 0, model, batch("llama"))
@@ -259,7 +273,8 @@ class Probe(Optimizer):
 
 @SCHEDULES
 def test_forward_only_optimizers_move_what_is_chosen(part: Part, tmp_path: Path) -> None:
-    model, schedule = fitting(part, deep("llama")), brisk(part)
+    model = fitting(part, deep("llama"))
+    schedule = ready(part, model)
     before = checkpoint(model)
     touched: list[tuple[set[str], set[str]]] = []
 
@@ -288,6 +303,8 @@ def test_one_schedule_serves_one_model_after_another(part: Part) -> None:
     schedule = brisk(part)
     for family in ("llama", "bert", "llama"):
         model = fitting(part, copy.deepcopy(deep(family)))
+        if schedule.statistics:
+            schedule.calibrate(model, [batch(family)])
         schedule.attach(model, adamw(model))
         begin(schedule, 0, model, batch(family))
         assert set(named(model)) <= set(schedule.eligible)

@@ -12,6 +12,7 @@ from tunesmith.cli import (
     analyze,
     catalog,
     compress,
+    delta,
     evidence,
     export,
     generate,
@@ -45,6 +46,7 @@ app.command("compress")(compress.compress)
 app.command("analyze")(analyze.analyze)
 app.command("catalog")(catalog.catalog)
 app.command("show")(show.show)
+app.add_typer(delta.app, name="delta")
 app.add_typer(evidence.app, name="evidence")
 
 

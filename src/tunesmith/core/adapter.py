@@ -61,10 +61,12 @@ class Step:
     Attributes:
         number: Counted from 0.
         total: Steps of the whole run; None where a loop of one's own did not say.
+        optimizer: Of the run, for methods that move what it keeps of their parameters; None likewise.
     """
 
     number: int
     total: int | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
     def needs_total(self, who: str) -> int:
         """The total.
@@ -232,6 +234,10 @@ class Adapter(nn.Module):
 
     def end_step(self) -> None:
         """Called after each optimizer step, if the method overrides `begin_step`."""
+
+    def sparse(self) -> tuple[Tensor, Tensor] | None:
+        """(indices, values): the change as few entries of the flattened canonical weight; None if it is not such."""
+        return None
 
     def to_lora(self) -> tuple[Tensor, Tensor] | None:
         """(B, A) with W' = W + B A relative to the ORIGINAL weight, (out, r) and (r, in); None if not low rank."""

@@ -153,12 +153,25 @@ def block_linears(model: nn.Module) -> list[str]:
     stacks = tuple({f"{d.stack}." for d in place.values() if d})
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     last = _last_linear(model) if not stacks else None
-    found = []
+    found, others = [], _inside_adapters(model)
     for name, module in model.named_modules():
+        if name.startswith(others):
+            continue
         inside = name.startswith(stacks) if stacks else module is not last
         if inside and module is not head and "tunesmith_" not in name and kind_of(module) == "linear":
             found.append(name.removesuffix(".base_layer"))
     return found
+
+
+def _inside_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names of what other libraries' adapters hold beside the layer that they change."""
+    return tuple(
+        f"{name}.{held}."
+        for name, module in model.named_modules()
+        if hasattr(module, "base_layer")
+        for held, _ in module.named_children()
+        if held != "base_layer"
+    )
 
 
 def _last_linear(model: nn.Module) -> nn.Module | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -20,9 +20,11 @@ class Optimizer(torch.optim.Optimizer):
     Attributes:
         forward_only: Needs no backward pass: `estimate(closure)` measures the loss as often as the method wants, and
             `step()` applies what it found.
+        brisk: Options that fit a tiny model, and under which what happens over steps happens within a few, for tests.
     """
 
     forward_only: ClassVar[bool] = False
+    brisk: ClassVar[Mapping[str, object]] = {}
 
     @classmethod
     def groups(cls, model: nn.Module, *, weight_decay: float = 0.0, **options: Any) -> list[dict[str, Any]]:

@@ -52,6 +52,7 @@ ROOMS = {
 TAGS = {
     "mergeable": "folds into the base weights with equal outputs",
     "low-rank": "its change exports as a plain LoRA",
+    "sparse": "its change of the weights exports as a delta of few entries",
     "forward-only": "needs no backward pass",
     "own-tuner": "is injected by a PEFT tuner of its own and so stands alone on a model",
     "prepends": "adds virtual tokens to the sequence",

@@ -8,13 +8,15 @@ it keeps the state instead). The optimizer must have been built over everything 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tunesmith.core.modelmap import block_linears
+from tunesmith.core.stats import collect
 from tunesmith.errors import TunesmithError
 
 
@@ -23,11 +25,14 @@ class Schedule(TrainerCallback):
 
     `active(step)` should depend on the step and the options alone (draw with `core.seeds`): a resumed run then needs
     no state, and processes agree. A method that learns what to choose keeps that in `training_state`, and learns from
-    `measure()`, which is the same in every process.
+    `measure()` or `backward()`, which are the same in every process; what it needs to know of the data before
+    the first step are `statistics`.
 
     Attributes:
         brisk: Options under which the choice changes within a few steps of a small model, for tests.
-        measures: Whether the method calls `measure`.
+        measures: Whether the method calls `measure` or `backward`.
+        statistics: Names of what `prepare` wants to know of the linear layers of the blocks; see `core.stats`. A run
+            calls `calibrate` by itself; in a loop of one's own, call it before the first step.
         adapters_only: Whether it works on models with adapters alone.
         keeps_state: Whether what rests keeps its optimizer state, for methods that choose anew in every step: Adam
             would begin anew as often.
@@ -37,9 +42,11 @@ class Schedule(TrainerCallback):
     measures: ClassVar[bool] = False
     adapters_only: ClassVar[bool] = False
     keeps_state: bool = False
+    statistics: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         self._measure: Callable[[], float] | None = None
+        self._backward: Callable[[], None] | None = None
         self._restored: Mapping[str, Tensor] | None = None
         self.model: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
@@ -88,6 +95,39 @@ class Schedule(TrainerCallback):
             )
         return self._measure()
 
+    def backward(self) -> None:
+        """Add the gradients of the loss on the batches of the step that begins to what requires one: evaluation mode,
+        added up over the step's micro-batches and averaged over all processes. Set them to None afterwards.
+
+        Raises:
+            TunesmithError: nobody said how: the Trainer is without `TrainerMixin`, or `begin_step` without `backward`.
+        """
+        if self._backward is None:
+            raise TunesmithError(
+                f"{type(self).__name__} looks at the gradients of a step's batches before it: put "
+                "`tunesmith.TrainerMixin` before the Trainer class, or call `begin_step(step, backward=...)` with a "
+                "function that computes them"
+            )
+        self._backward()
+
+    def calibrate(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Collect `statistics` in one pass over the batches and hand them to `prepare`.
+
+        Args:
+            model: As it is before the first step.
+            batches: Keyword arguments of the model.
+        """
+        self.prepare(model, collect(model, block_linears(model), batches, want=self.statistics))
+
+    def prepare(self, model: nn.Module, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Learn what the method wants to know beforehand; keep it in `training_state`, since a resumed run is not
+        calibrated again.
+
+        Args:
+            model: As in `calibrate`.
+            statistics: By the name of the layer, then of the statistic.
+        """
+
     def training_state(self) -> dict[str, Tensor]:
         """What a resumed run needs; kept in checkpoints."""
         return {}
@@ -99,15 +139,21 @@ class Schedule(TrainerCallback):
         """Keep the state of a checkpoint until the schedule is attached."""
         self._restored = dict(state)
 
-    def begin_step(self, step: int, measure: Callable[[], float] | None = None) -> None:
+    def begin_step(
+        self,
+        step: int,
+        measure: Callable[[], float] | None = None,
+        backward: Callable[[], None] | None = None,
+    ) -> None:
         """Set what trains in optimizer step `step`; call it before the step's first micro-batch.
 
         Args:
             step: From 0.
             measure: Gives the loss of the model on the step's batches, for methods that ask (`measures`).
+            backward: Adds its gradients to what requires one, likewise.
         """
-        if measure is not None:
-            self._measure = measure
+        self._measure = measure or self._measure
+        self._backward = backward or self._backward
         chosen = self.active(step)
         if chosen is None:
             return

@@ -23,9 +23,10 @@ class AdapterSteps(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module,
+        optimizer: Any = None,
         **_: Any,
     ) -> None:
-        _begin(model, Step(state.global_step, state.max_steps if state.max_steps > 0 else None))
+        _begin(model, _step(state, optimizer))
 
     def on_optimizer_step(
         self,
@@ -33,9 +34,15 @@ class AdapterSteps(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module,
+        optimizer: Any = None,
         **_: Any,
     ) -> None:
-        _end(model, Step(state.global_step, state.max_steps if state.max_steps > 0 else None))
+        _end(model, _step(state, optimizer))
+
+
+def _step(state: TrainerState, optimizer: Any) -> Step:
+    total = state.max_steps if state.max_steps > 0 else None
+    return Step(state.global_step, total, getattr(optimizer, "optimizer", optimizer))
 
 
 class OwnRates(TrainerCallback):
@@ -66,15 +73,18 @@ def callbacks(model: nn.Module) -> list[TrainerCallback]:
 
 
 @contextmanager
-def step(model: nn.Module, number: int, total: int | None = None) -> Iterator[None]:
+def step(
+    model: nn.Module, number: int, total: int | None = None, optimizer: torch.optim.Optimizer | None = None
+) -> Iterator[None]:
     """Around one optimizer step: forward, backward, `optimizer.step()`. Call `zero_grad()` after the block.
 
     Args:
         model: With adapters of ours.
         number: Of the step, from 0.
         total: Steps of the whole run, which some methods need to know.
+        optimizer: That steps in the block, which some methods need to know.
     """
-    here = Step(number, total)
+    here = Step(number, total, optimizer)
     _begin(model, here)
     try:
         yield

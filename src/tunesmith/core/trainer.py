@@ -113,6 +113,7 @@ class TrainerMixin:
         for schedule in self._schedules():
             if schedule.measures:
                 schedule._measure = lambda: self._loss_of(batches)
+                schedule._backward = lambda: self._gradients_of(batches, items)
         return batches, items
 
     # What parts ask and keep --------------------------------------------------------------------------------------
@@ -136,6 +137,46 @@ class TrainerMixin:
             self._scalars = scalars
         mean = torch.stack([loss.detach().float() for loss in losses]).mean()
         return float(self.accelerator.reduce(mean, "mean"))
+
+    def _gradients_of(self, batches: Sequence[dict[str, Any]], items: Any) -> None:
+        """Gradients of a step's loss, evaluation mode, averaged over processes; no scalars are logged."""
+        # Not the wrapper of several processes: it would take these gradients for those of the step.
+        model, scalars = self.accelerator.unwrap_model(self.model), self._scalars
+        was = model.training
+        model.eval()
+        self._scalars = {}
+        try:
+            self._step_loss(model, [(self._prepare_inputs(batch), items) for batch in batches], backward=True)
+        finally:
+            model.train(was)
+            self._scalars = scalars
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.copy_(self.accelerator.reduce(p.grad, self._over_processes))
+
+    @property
+    def _over_processes(self) -> str:
+        """How losses of `_step_loss` in all processes become one: the objective has divided by the total of all."""
+        return "mean" if self.objective is None else "sum"
+
+    def _step_loss(self, model: nn.Module, batches: Sequence[tuple[Any, Any]], *, backward: bool = False) -> Tensor:
+        """The loss of a whole optimizer step in this process, () detached, in evaluation mode.
+
+        Args:
+            batches: Prepared micro-batches, each with the number of items in the step.
+            backward: Also add its gradient to the parameters.
+        """
+        # Without the count of the whole step the model divides by the labels of each micro-batch.
+        shares = self.objective is None and not (self.model_accepts_loss_kwargs and batches[0][1] is not None)
+        losses = []
+        for batch, items in batches:
+            with torch.set_grad_enabled(backward), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, batch, num_items_in_batch=items)
+            loss = loss / len(batches) if shares else loss
+            if backward:
+                loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def _training_state(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -187,12 +228,7 @@ class TrainerMixin:
         model.eval()  # the two sides of a finite difference must see the same function: no dropout
 
         def closure() -> Tensor:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                losses = [self.compute_loss(model, b, num_items_in_batch=n).detach() for b, n in batches]
-            loss = torch.stack(losses).sum()
-            if self.objective is None and not (self.model_accepts_loss_kwargs and num_items_in_batch is not None):
-                loss = loss / len(batches)  # else the model divided by the labels of the whole step
-            return self.accelerator.reduce(loss, "mean" if self.objective is None else "sum")
+            return self.accelerator.reduce(self._step_loss(model, batches), self._over_processes)
 
         loss = optimizer.estimate(closure)
         model.train()

@@ -177,6 +177,7 @@ def trainer(
     processor: Any,
     callbacks: Sequence[TrainerCallback] = (),
     evaluate: bool = True,
+    start: bool = True,
 ) -> Trainer:
     """The trainer of a built model, with the recipe's schedule, optimizer, objective and regularisers.
 
@@ -188,13 +189,17 @@ def trainer(
         processor: Tokenizer or image processor.
         callbacks: Further ones.
         evaluate: Whether it gets the evaluation rows.
+        start: Show schedules the statistics that they want; False where a checkpoint brings what they learnt.
     """
     model, own = built.model, uses.get("optimizer", [])
+    schedules = [use.part.target(**use.options) for use in uses.get("schedule", [])]
+    for schedule in schedules:
+        if schedule.statistics and start:
+            schedule.calibrate(model, statistics_batches(built, recipe.train.batch_size))
     sharded_here = recipe.train.fsdp and sharding.by_torch()
     if sharded_here:
         built.notes.append("weights are sharded by torch, without a GPU: no checkpoints are written")
         sharding.shard(model)
-    schedules = [use.part.target(**use.options) for use in uses.get("schedule", [])]
     made = Trainer(
         model=model,
         args=args,

@@ -12,17 +12,14 @@ processes there are. A factor of exactly 0 has no slope here and stays where it 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from tunesmith.core.loss import IGNORED
-from tunesmith.core.objective import Batch, Objective
+from tunesmith.core.adapter_term import AdapterTerm
 from tunesmith.core.part import part
 from tunesmith.core.steps import in_force
-from tunesmith.errors import ModelError
 
 
 @part(
@@ -30,41 +27,22 @@ from tunesmith.errors import ModelError
     tags=("regulariser",),
     refuses={"full-finetuning": "it makes the factors of structure-masks sparse, and there is no adapter"},
 )
-class MaskSparsity(Objective):
-    """The L1 norm of the factors of structure masks.
+class MaskSparsity(AdapterTerm):
+    """The L1 norm of the factors of structure masks; logged as `mask_sum`.
 
-    Its weight, 1e-4 in the paper, is given where it is added. A model without any adapter has no factors: the term is 0
-    there.
+    Its weight, 1e-4 in the paper, is given where it is added.
 
     Attributes:
         regularises: The adapter that it is for.
     """
 
     regularises: ClassVar[str] = "structure-masks"
+    logged: ClassVar[str] = "mask_sum"
+    lacking: ClassVar[str] = (
+        "mask-sparsity: no adapter on this model has factors of heads or neurons; add `structure-masks` to the adapters"
+    )
 
-    def count(self, batch: Batch) -> Tensor:
-        """The number of labels, (); of rows, where there are no labels."""
-        labels = batch.get("labels")
-        if isinstance(labels, Tensor):
-            return (labels != IGNORED).sum()
-        first: Tensor = next(value for value in batch.values() if isinstance(value, Tensor))
-        return torch.tensor(len(first), device=first.device)
-
-    def __call__(self, model: nn.Module, batch: Batch, total: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's share of the term.
-
-        Returns:
-            The loss, (); and `mask_sum`, the whole term.
-
-        Raises:
-            ModelError: there are adapters, and none has factors.
-        """
-        terms = [made.sparsity() for made in in_force(model) if hasattr(made, "sparsity")]
-        if not terms and any(isinstance(m, BaseTunerLayer) for m in model.modules()):
-            raise ModelError(
-                "mask-sparsity: no adapter on this model has factors of heads or neurons; add `structure-masks` to the "
-                "adapters, or leave the regulariser out"
-            )
-        device = next(value.device for value in batch.values() if isinstance(value, Tensor))
-        value = torch.stack([term.to(device) for term in terms]).sum() if terms else torch.zeros((), device=device)
-        return value * self.count(batch) / self.share(batch, total), {"mask_sum": value.detach()}
+    def terms(self, model: nn.Module) -> Iterator[Tensor]:
+        for made in in_force(model):
+            if hasattr(made, "sparsity"):
+                yield made.sparsity()

@@ -14,13 +14,13 @@ does unless its own option is 0, is refused: it would have it twice.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from tunesmith.core.loss import IGNORED
-from tunesmith.core.objective import Batch, Objective
+from tunesmith.core.adapter_term import AdapterTerm
 from tunesmith.core.part import part
 from tunesmith.core.steps import in_force
 from tunesmith.errors import ModelError
@@ -31,59 +31,37 @@ from tunesmith.errors import ModelError
     tags=("regulariser",),
     refuses={"full-finetuning": "it keeps the factors of low-rank adapters orthogonal, and there is no adapter"},
 )
-class Orthogonality(Objective):
-    """The distance of the factors of low-rank adapters from orthonormal ones.
+class Orthogonality(AdapterTerm):
+    """The distance of the factors of low-rank adapters from orthonormal ones; logged as `orthogonality`.
 
-    Its weight, gamma in the paper, is given where it is added; the paper has 0.1 to 0.5. A model without any adapter
-    has nothing that it could keep orthogonal: the term is 0 there.
+    Its weight, gamma in the paper, is given where it is added; the paper has 0.1 to 0.5.
     """
 
-    def count(self, batch: Batch) -> Tensor:
-        """The number of labels, (); of rows, where there are no labels."""
-        labels = batch.get("labels")
-        if isinstance(labels, Tensor):
-            return (labels != IGNORED).sum()
-        first: Tensor = next(value for value in batch.values() if isinstance(value, Tensor))
-        return torch.tensor(len(first), device=first.device)
+    logged: ClassVar[str] = "orthogonality"
+    lacking: ClassVar[str] = "orthogonality: no adapter on this model has factors A and B or offers `orthogonality()`"
 
-    def __call__(self, model: nn.Module, batch: Batch, total: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """This micro-batch's share of the term.
-
-        Returns:
-            The loss, (); and `orthogonality`, the whole term.
+    def terms(self, model: nn.Module) -> Iterator[Tensor]:
+        """The term of each layer, (), differentiable, in the order of the model.
 
         Raises:
-            ModelError: an adapter adds the term itself, or the adapters have no factors to keep orthogonal.
+            ModelError: an adapter adds the term itself.
         """
-        terms = list(_terms(model))
-        if not terms and any(isinstance(m, BaseTunerLayer) for m in model.modules()):
-            raise ModelError(
-                "orthogonality: no adapter on this model has factors A and B or offers `orthogonality()`; leave the "
-                "regulariser out"
-            )
-        device = next(value.device for value in batch.values() if isinstance(value, Tensor))
-        value = torch.stack([term.to(device) for term in terms]).sum() if terms else torch.zeros((), device=device)
-        return value * self.count(batch) / self.share(batch, total), {"orthogonality": value.detach()}
-
-
-def _terms(model: nn.Module) -> Iterator[Tensor]:
-    """The term of each layer, (), differentiable, in the order of the model."""
-    for made in in_force(model):
-        if hasattr(made, "orthogonality"):
-            if getattr(made, "gamma", 0) and torch.is_grad_enabled():
-                raise ModelError(
-                    f"orthogonality: {type(made).__name__} on {made.layer.name!r} adds this term itself; set its "
-                    "option orthogonality to 0, or leave the regulariser out"
-                )
-            yield made.orthogonality()
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and hasattr(module, "lora_A"):
-            for name in module.active_adapters:
-                for kind in ("", "embedding_"):
-                    held = getattr(module, f"lora_{kind}A"), getattr(module, f"lora_{kind}B")
-                    if name in held[0]:
-                        A, B = (getattr(x[name], "weight", x[name]).flatten(1) for x in held)
-                        yield _distance(A) + _distance(B.T)
+        for made in in_force(model):
+            if hasattr(made, "orthogonality"):
+                if getattr(made, "gamma", 0) and torch.is_grad_enabled():
+                    raise ModelError(
+                        f"orthogonality: {type(made).__name__} on {made.layer.name!r} adds this term itself; set its "
+                        "option orthogonality to 0, or leave the regulariser out"
+                    )
+                yield made.orthogonality()
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer) and hasattr(module, "lora_A"):
+                for name in module.active_adapters:
+                    for kind in ("", "embedding_"):
+                        held = getattr(module, f"lora_{kind}A"), getattr(module, f"lora_{kind}B")
+                        if name in held[0]:
+                            A, B = (getattr(x[name], "weight", x[name]).flatten(1) for x in held)
+                            yield _distance(A) + _distance(B.T)
 
 
 def _distance(factor: Tensor) -> Tensor:

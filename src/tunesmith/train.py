@@ -84,7 +84,7 @@ def pipeline(
     """A pipeline of several trainings, in the recipe's `output`.
 
     Args:
-        slug: A part of the room `recipes`.
+        slug: A part of the rooms `recipes` and `systems`.
         recipe: Of a single training, as for `run`.
         resume: Go on where the same pipeline stopped.
         overwrite: Replace the pipeline in `output`.

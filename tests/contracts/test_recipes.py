@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.train.conftest import data_file, model_folder  # noqa: F401
 from tests.zoo import same
 from tunesmith import catalog
-from tunesmith.core.part import Part
+from tunesmith.core.part import PIPELINE_ROOMS, Part
 from tunesmith.core.pipeline import Workshop
 from tunesmith.core.report import Report
 from tunesmith.engine.pipeline import run_pipeline
@@ -21,7 +21,9 @@ from tunesmith.errors import CheckpointError
 from tunesmith.recipe import Recipe, load
 from tunesmith.train import run
 
-PIPELINES = pytest.mark.parametrize("part", catalog.in_room("recipes"), ids=lambda p: p.slug)
+PIPELINES = pytest.mark.parametrize(
+    "part", [part for room in PIPELINE_ROOMS for part in catalog.in_room(room)], ids=lambda p: p.slug
+)
 
 
 @pytest.fixture

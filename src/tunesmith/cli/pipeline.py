@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-SLUG = typer.Argument(help="A part of the room `recipes`; `tunesmith catalog --room recipes` lists them.")
+SLUG = typer.Argument(help="A part of the rooms `recipes` or `systems`; `tunesmith catalog --room recipes` lists them.")
 RECIPE = typer.Argument(None, help="The recipe of a single training, in YAML.", show_default=False)
 MODEL = typer.Option(None, "--model", help="A folder, a hub id, or an embedded model.")
 DATA = typer.Option(None, "--data", help="As for `tunesmith train`.")
@@ -31,7 +31,7 @@ def pipeline(
     overwrite: bool = OVERWRITE,
     quiet: bool = PLAIN,
 ) -> None:
-    """Run a pipeline: rounds of training and data, a search, an estimation before the training.
+    """Run a pipeline: rounds of training and data, a search, an estimation before the training, a federation.
 
     Each of its trainings is a run folder under --output, and every decision is kept there: killed, it goes on by
     --resume.

@@ -49,6 +49,9 @@ ROOMS = {
 }
 """The rooms of the house, in the order in which a run meets them."""
 
+PIPELINE_ROOMS = ("recipes", "systems")
+"""Those whose parts are a `Pipeline` (`core/pipeline.py`): jobs of their own instead of fields of a recipe."""
+
 TAGS = {
     "mergeable": "folds into the base weights with equal outputs",
     "low-rank": "its change exports as a plain LoRA",

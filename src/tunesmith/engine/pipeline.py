@@ -19,9 +19,10 @@ import yaml
 from tunesmith import catalog
 from tunesmith import report as reports
 from tunesmith.core.files import remove_staging, write_text
+from tunesmith.core.part import PIPELINE_ROOMS, ROOMS
 from tunesmith.core.report import Report
 from tunesmith.engine.workshop import Bench, check_task
-from tunesmith.errors import CheckpointError
+from tunesmith.errors import CheckpointError, RecipeError
 from tunesmith.recipe import Recipe
 
 _NAME = "pipeline.yaml"
@@ -40,7 +41,7 @@ def run_pipeline(
     """Do a pipeline's whole job in the recipe's `output`.
 
     Args:
-        slug: A part of the room `recipes`.
+        slug: A part of the rooms `recipes` and `systems`.
         recipe: Of a single training.
         options: Of the part.
         run: `tunesmith.run`.
@@ -52,7 +53,10 @@ def run_pipeline(
         RecipeError: no such part, a wrong option, parts that cannot be combined, another task.
         CheckpointError: the folder holds something else.
     """
-    part = catalog.get(slug, "recipes")
+    part = catalog.get(slug)
+    if part.room not in PIPELINE_ROOMS:
+        rooms = " and ".join(f"{room} ({ROOMS[room]})" for room in PIPELINE_ROOMS)
+        raise RecipeError(f"{slug!r} is in the room {part.room} ({ROOMS[part.room]}); pipelines are in {rooms}.")
     checked = part.validate(dict(options))
     recipe.check()
     folder = Path(recipe.output)

@@ -1,0 +1,1 @@
+"""Long-running things: a part per file."""

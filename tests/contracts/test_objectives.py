@@ -109,7 +109,11 @@ def intuitive(model: nn.Module, some: list[Row], objective: Any) -> tuple[Tensor
     return total, count
 
 
-REFERENCES: Mapping[str, Callable[..., tuple[Tensor, int]]] = {"sft": sft, "intuitive-finetuning": intuitive}
+REFERENCES: Mapping[str, Callable[..., tuple[Tensor, int]]] = {
+    "sft": sft,
+    "intuitive-finetuning": intuitive,
+    "gradient-dropout": sft,  # of a model without masks; tests/objectives has the rest
+}
 
 
 # Tests -------------------------------------------------------------------------------------------------------------

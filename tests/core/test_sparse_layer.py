@@ -125,7 +125,7 @@ def test_places_are_kept_ascending_with_their_values() -> None:
     assert few.indices.tolist() == [2, 5, 9]
     assert few.values.tolist() == [2.0, 3.0, 1.0]
     assert order.tolist() == [1, 2, 0]
-    indices, values = few.sparse()
+    indices, values = few.sparse(torch.zeros(few.layer.shape))
     assert not values.requires_grad
     assert indices.dtype == torch.int32
 

@@ -144,8 +144,20 @@ class Adapter(nn.Module):
         """
         return None
 
+    @classmethod
+    def survey(cls, model: nn.Module, layers: Sequence[LayerSpec], options: Mapping[str, Any]) -> nn.Module | None:
+        """What `share` makes, for a method that must know the model as well: its heads, or weights to choose by.
+
+        Args:
+            model: The base, before any layer of this adapter is made.
+            layers: As in `share`.
+            options: As in `share`.
+        """
+        return cls.share(layers, options)
+
     def join(self, shared: nn.Module | None, owner: bool) -> None:
-        """Called once after creation with what `share` made; `owner` for the first layer."""
+        """Called once after creation with what `survey` or `share` made; `owner` for the first layer. A parameter whose
+        shape follows from it is made here."""
         if owner:
             self.shared = shared
         else:
@@ -235,8 +247,9 @@ class Adapter(nn.Module):
     def end_step(self) -> None:
         """Called after each optimizer step, if the method overrides `begin_step`."""
 
-    def sparse(self) -> tuple[Tensor, Tensor] | None:
-        """(indices, values): the change as few entries of the flattened canonical weight; None if it is not such."""
+    def sparse(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(indices, values): the change of the canonical weight `W` as few entries of it, flattened; values are added.
+        None if it is not such."""
         return None
 
     def to_lora(self) -> tuple[Tensor, Tensor] | None:

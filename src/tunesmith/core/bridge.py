@@ -159,7 +159,7 @@ class TunesmithModel(BaseTuner):
             union.update(entry["target_modules"])
             if issubclass(found.target, Adapter):
                 specs = [spec_of(model.get_submodule(name), name) for name in entry["target_modules"]]
-                self._shared[id(entry)] = found.target.share(specs, entry["options"])
+                self._shared[id(entry)] = found.target.survey(model, specs, entry["options"])
         peft_config.target_modules = union
 
     def _create_and_replace(

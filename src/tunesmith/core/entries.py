@@ -106,6 +106,8 @@ def largest(scores: Iterable[tuple[str, Tensor]], count: int) -> dict[str, Tenso
     values, owners, places = (torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.int64, torch.int64))
     for name, score in scores:
         flat = score.detach().flatten()
+        # Compared with `least` in half precision, a score just above it could count as equal.
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         least = values.min() if len(values) >= count else values.new_zeros(())
         here = (flat > least.to(flat.device)).nonzero()[:, 0]
         names.append(name)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tunesmith.core.optimizer import Closure, Optimizer
+from tunesmith.core.optimizer import Closure, Optimizer, keep_saved_dtypes
 from tunesmith.errors import TunesmithError
 
 State = dict[str, Any]
@@ -61,6 +61,14 @@ class GradSpace:
     def back(self, update: Tensor, state: State) -> Tensor:
         """An update of this space as an update of the weight."""
         return update
+
+    def move(self, p: nn.Parameter, update: Tensor, state: State, size: float) -> None:
+        """W <- W - size back(update), in place; for spaces that need no dense update."""
+        p.add_(self.back(update, state), alpha=-size)
+
+    def decay(self, p: nn.Parameter, state: State, rate: float) -> None:
+        """W <- W - rate W, in place; for spaces outside of which a weight must not move."""
+        p.add_(p, alpha=-rate)
 
 
 class SingularSpace(GradSpace):
@@ -221,9 +229,9 @@ class SpaceAdamW(Optimizer):
         write_moment(state, "exp_avg", mean, group["bits"])
         write_moment(state, "exp_avg_sq", square, group["bits"])
         size = lr * (1 - beta2**k) ** 0.5 / (1 - beta1**k)
-        p.add_(space.back(update, state), alpha=-size)
+        space.move(p, update, state, size)
         if group["weight_decay"]:
-            p.add_(p, alpha=-lr * group["weight_decay"])
+            space.decay(p, state, lr * group["weight_decay"])
 
     def _name(self, index: int, place: int) -> str:
         names = self.param_groups[index].get("param_names")
@@ -258,21 +266,8 @@ class SpaceAdamW(Optimizer):
         return total
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but every tensor keeps the dtype that it was saved with.
-
-        Torch casts floating state to the dtype of its weight, which would round the float32 moments of bf16 weights.
-        """
         super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, (p, *_) in zip(saved, self._places(), strict=True):
-            if index in state_dict["state"]:
-                self.state[p] = _to(state_dict["state"][index], p.device)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
-        return {key: _to(entry, device) for key, entry in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value
+        keep_saved_dtypes(self, state_dict)
 
 
 # Moments --------------------------------------------------------------------------------------------------------------

@@ -38,9 +38,30 @@ class Optimizer(torch.optim.Optimizer):
         """For a forward-only method: run the closure as often as needed, remember the outcome, return the loss.
 
         Args:
-            closure: Returns the loss of the whole optimizer step's batch, (); it must be the same function every time.
+            closure: Returns the loss of the whole optimizer step's batch, (), over all processes; it must be the same
+                function every time. A Trainer calls `estimate` with gradients disabled, and so runs the closure; it
+                carries forward-mode tangents (`core/tangents.py`). Called with gradients enabled, it also runs the
+                backward pass, as torch's closures do, or leaves that to the caller.
         """
         raise TypeError(f"{type(self).__name__} is not a forward-only optimizer")
+
+
+def keep_saved_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """After torch's `load_state_dict`: give every tensor of the state the dtype that it was saved with.
+
+    Torch casts floating state to the dtype of its weight, which would round the float32 moments of bf16 weights.
+    """
+    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, p in zip(saved, held, strict=True):
+        if index in state_dict["state"]:
+            optimizer.state[p] = _to(state_dict["state"][index], p.device)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {key: _to(entry, device) for key, entry in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def decay_groups(

@@ -102,6 +102,7 @@ class SparseDelta(Mapping[str, Entries]):
             raise CheckpointError(f"{tuned.name} lacks the tensor {missing[0]!r} of {base.name}")
         floating = [name for name in sorted(tuned) if tuned.describe(name)[1].is_floating_point]
         shared = [n for n in floating if n in base and base.describe(n)[0] == tuned.describe(n)[0]]
+        shared = _once(tuned, shared)
         total = sum(torch.Size(base.describe(name)[0]).numel() for name in shared)
         budget = total if keep is None else round(keep * total) if isinstance(keep, float) else keep
         if not 0 < budget <= total:
@@ -116,7 +117,8 @@ class SparseDelta(Mapping[str, Entries]):
         chosen = largest(((name, sizes(name)) for name in shared), budget)
         entries = {name: Entries.of(tuned.wide(name) - base.wide(name), places) for name, places in chosen.items()}
         digests = {name: digest(base[name]) for name in entries}
-        return cls(entries, digests, {n: tuned[n] for n in floating if n not in shared}, about or {})
+        new = [n for n in floating if n not in base or base.describe(n)[0] != tuned.describe(n)[0]]
+        return cls(entries, digests, {n: tuned[n] for n in new}, about or {})
 
     # Algebra ------------------------------------------------------------------------------------------------------
 
@@ -228,7 +230,7 @@ class SparseDelta(Mapping[str, Entries]):
         Raises:
             CheckpointError: as `check`; or the model lacks a whole tensor.
         """
-        state = self._state(model)
+        state = self._fitting(model)
         kept = {name: state[name].view(-1)[e.indices.long().to(state[name].device)] for name, e in self.items()}
         replaced = {name: state[name].clone() for name in self.whole}
         self.add_(model, scale)
@@ -246,15 +248,7 @@ class SparseDelta(Mapping[str, Entries]):
         Raises:
             CheckpointError: as `check`; or the model lacks a whole tensor, or has it in another shape.
         """
-        state = self._state(model)
-        self.check(state, type(model).__name__)
-        for name, value in self.whole.items():
-            if name not in state or state[name].shape != value.shape:
-                found = tuple(state[name].shape) if name in state else "no such tensor"
-                raise CheckpointError(
-                    f"the delta brings a whole {name!r} of shape {tuple(value.shape)}; {type(model).__name__} has "
-                    f"{found}. Load the model for the task that it was tuned for"
-                )
+        state = self._fitting(model)
         for name, entries in self.items():
             add_entries_(state[name], entries, scale)
         for name, value in self.whole.items():
@@ -279,6 +273,19 @@ class SparseDelta(Mapping[str, Entries]):
                     add_entries_(state[name], entries, 1.0)
             raise
         return model
+
+    def _fitting(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's tensors, checked to be those that this changes."""
+        state = self._state(model)
+        self.check(state, type(model).__name__)
+        for name, value in self.whole.items():
+            if name not in state or state[name].shape != value.shape:
+                found = tuple(state[name].shape) if name in state else "no such tensor"
+                raise CheckpointError(
+                    f"the delta brings a whole {name!r} of shape {tuple(value.shape)}; {type(model).__name__} has "
+                    f"{found}. Load the model for the task that it was tuned for"
+                )
+        return state
 
     @staticmethod
     def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -326,6 +333,17 @@ class SparseDelta(Mapping[str, Entries]):
                 raise CheckpointError(f"{path}: {name!r}: {error}") from None
         whole = {key.removeprefix("whole/"): value for key, value in held.items() if key.startswith("whole/")}
         return cls(entries, base, whole, json.loads(meta["about"]))
+
+
+def _once(tensors: Checkpoint, names: list[str]) -> list[str]:
+    """The names without further ones of a tied tensor, which a state dict in memory lists under each of its names."""
+    if tensors.folder is not None or isinstance(tensors, Computed):
+        return names
+    first: dict[tuple[int, int], str] = {}
+    for name in names:
+        held = tensors[name]
+        first.setdefault((held.data_ptr(), held.numel()) if held.numel() else (0, len(first)), name)
+    return list(first.values())
 
 
 class _Extended(Computed):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.core.adapter import Base, Below, Changed
 from tunesmith.core.bridge import TunesmithConfig
 from tunesmith.core.entries import Entries, digest, index_dtype
 from tunesmith.core.sparse import SparseDelta
@@ -48,6 +49,7 @@ def sparse_delta(model: nn.Module, adapter_name: str = "default") -> SparseDelta
     return SparseDelta(entries, base, whole, about)
 
 
+@torch.no_grad()
 def _of_layer(layer: TunesmithLayer, adapter_name: str, config: TunesmithConfig) -> Entries:
     spec, module = layer.spec, layer.get_base_layer()
     if spec.quantized:
@@ -58,8 +60,10 @@ def _of_layer(layer: TunesmithLayer, adapter_name: str, config: TunesmithConfig)
     size = torch.Size(spec.shape).numel()
     total: Tensor | None = None
     places = torch.empty(0, dtype=torch.int64)
+    below: Below = Base(module, spec)
     for made in layer.tunesmith_adapters[adapter_name]:
-        found = made.sparse()
+        found = made.sparse(below.weight)
+        below = Changed(made, below)
         if found is None:
             slugs = " + ".join(entry["name"] for entry in config.parts)
             raise ModelError(

@@ -9,20 +9,18 @@ of W', which is dense and exists while its layer is passed through.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from tunesmith.core.adapter import Adapter, Below
 from tunesmith.core.entries import index_dtype
 from tunesmith.core.layer import LayerSpec
+from tunesmith.core.rebuilt import RebuiltAdapter
 from tunesmith.errors import ModelError
 
 
-class SparseAdapter(Adapter):
+class SparseAdapter(RebuiltAdapter):
     """k values at k places of the canonical weight, in float32.
 
     Attributes:
@@ -44,7 +42,7 @@ class SparseAdapter(Adapter):
             )
         self.register_buffer("indices", torch.arange(count, dtype=index_dtype(size), device=layer.device))
         self.values = nn.Parameter(torch.zeros(count, device=layer.device))
-        self.watch: Any = None
+        self.watch: Callable[[Tensor], None] | None = None
 
     @torch.no_grad()
     def place(self, indices: Tensor, values: Tensor) -> Tensor:
@@ -62,55 +60,16 @@ class SparseAdapter(Adapter):
         self.values.copy_(values[order])
         return order
 
-    def sparse(self) -> tuple[Tensor, Tensor]:
-        """(places in the canonical weight, values added there) for export."""
+    def sparse(self, W: Tensor) -> tuple[Tensor, Tensor]:
         return self.indices, self.values.detach()
 
     def weight(self, W: Tensor) -> Tensor:
         flat = W.reshape(-1)
         return flat.index_add(0, self.indices, self.values.to(W.dtype)).view(W.shape)
 
-    def forward(self, x: Tensor, below: Below) -> Tensor:
-        W, bias = below.weight, below.bias
-        if W.requires_grad or (bias is not None and bias.requires_grad):
-            # Another adapter below trains as well: its gradient comes through W', which autograd then has to keep.
-            return below.apply(x, self.weight(W), self.bias(bias))
-        del W
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _Scattered.apply(x, self.values, self, below)
+    def seen(self, dW: Tensor) -> None:
+        if self.watch is not None:
+            self.watch(dW)
 
     def trainable_count(self) -> int:
         return self.values.numel()
-
-
-class _Scattered(torch.autograd.Function):
-    """The layer's operation with W + scatter(values); keeps x and the values alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, owner: SparseAdapter, below: Below) -> Tensor:
-        ctx.save_for_backward(x, values, owner.indices)
-        ctx.owner, ctx.below = owner, below
-        return below.apply(x, owner.weight(below.weight), owner.bias(below.bias))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, _, indices = ctx.saved_tensors
-        owner, below = ctx.owner, ctx.below
-        W = owner.weight(below.weight).detach()
-        needs_x = ctx.needs_input_grad[0]
-        if owner.layer.kind == "linear":
-            g = grad.reshape(-1, grad.shape[-1])
-            dx = F.linear(grad, W.to(grad.dtype).T) if needs_x else None
-            dW = g.T @ x.reshape(-1, x.shape[-1]).to(g.dtype)
-        else:
-            with torch.enable_grad():
-                W.requires_grad_(True)
-                again = x.detach().requires_grad_(needs_x)
-                y = below.apply(again, W, owner.bias(below.bias))
-                dW, *rest = torch.autograd.grad(y, [W, again] if needs_x else [W], grad)
-            dx = rest[0] if needs_x else None
-        if owner.watch is not None:
-            owner.watch(dW)
-        return dx, dW.reshape(-1)[indices.long()].float(), None, None

@@ -29,6 +29,7 @@ from tunesmith.core.objective import Objective
 from tunesmith.core.optimizer import set_lr_ratios
 from tunesmith.core.packing import count_tokens
 from tunesmith.core.schedule import Schedule
+from tunesmith.core.tangents import reduced
 from tunesmith.errors import CheckpointError, TunesmithError
 
 STATE_FILE = "tunesmith_state.safetensors"
@@ -150,6 +151,10 @@ class TrainerMixin:
         finally:
             model.train(was)
             self._scalars = scalars
+        self._reduce_gradients(model)
+
+    def _reduce_gradients(self, model: nn.Module) -> None:
+        """After `_step_loss` with a backward pass: make the gradients those of all processes."""
         for p in model.parameters():
             if p.grad is not None:
                 p.grad.copy_(self.accelerator.reduce(p.grad, self._over_processes))
@@ -160,7 +165,7 @@ class TrainerMixin:
         return "mean" if self.objective is None else "sum"
 
     def _step_loss(self, model: nn.Module, batches: Sequence[tuple[Any, Any]], *, backward: bool = False) -> Tensor:
-        """The loss of a whole optimizer step in this process, () detached, in evaluation mode.
+        """The loss of a whole optimizer step in this process, () without a graph, in evaluation mode.
 
         Args:
             batches: Prepared micro-batches, each with the number of items in the step.
@@ -175,7 +180,7 @@ class TrainerMixin:
             loss = loss / len(batches) if shares else loss
             if backward:
                 loss.backward()
-            losses.append(loss.detach())
+            losses.append(loss.detach() if backward else loss)  # to detach would take a forward-mode tangent too
         return torch.stack(losses).sum()
 
     def _training_state(self) -> dict[str, Tensor]:
@@ -228,9 +233,16 @@ class TrainerMixin:
         model.eval()  # the two sides of a finite difference must see the same function: no dropout
 
         def closure() -> Tensor:
-            return self.accelerator.reduce(self._step_loss(model, batches), self._over_processes)
+            backward = torch.is_grad_enabled()
+            # Not the wrapper of several processes: it would wait for gradients of all that trains.
+            inner = self.accelerator.unwrap_model(model) if backward else model
+            loss = self._step_loss(inner, batches, backward=backward)
+            if backward:
+                self._reduce_gradients(inner)
+            return reduced(loss, lambda value: self.accelerator.reduce(value, self._over_processes))
 
-        loss = optimizer.estimate(closure)
+        with torch.no_grad():
+            loss = optimizer.estimate(closure)
         model.train()
         return loss
 

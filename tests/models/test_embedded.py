@@ -21,8 +21,9 @@ from transformers import (
 
 from tunesmith import world
 from tunesmith.errors import ModelError
+from tunesmith.models.diffusion import Diffusion
 from tunesmith.models.embedded import EMBEDDED, WEIGHTS, path
-from tunesmith.models.pretrain import encoder, vit
+from tunesmith.models.pretrain import encoder, unet, vit
 from tunesmith.models.pretrain.evaluate import FORMS, Form, exact_match, perplexity
 from tunesmith.world import images
 
@@ -33,6 +34,7 @@ AUTO: dict[str, Any] = {
     "tiny-lm-s": AutoModelForCausalLM,
     "tiny-encoder": AutoModelForMaskedLM,
     "tiny-vit": AutoModelForImageClassification,
+    "tiny-unet": Diffusion,
 }
 _loaded: dict[str, Any] = {}
 
@@ -162,6 +164,21 @@ def test_vit_takes_any_image(mode: str) -> None:
     model = load("tiny-vit")
     logits = model(inputs["pixel_values"].to(model.dtype)).logits
     assert logits.shape == (1, 10)
+
+
+def test_unet_makes_what_its_card_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    claimed = figures("tiny-unet")
+    monkeypatch.setattr(unet, "EACH", 2)
+    monkeypatch.setattr(unet, "SAMPLING", 10)
+    found = unet.measure(Diffusion.from_pretrained(path("tiny-unet")))
+    for name in ("loss", "loss_wrong_caption", "loss_no_caption"):
+        assert found[name] == pytest.approx(claimed[name], rel=0.02), name
+    assert found["read_as_asked"] >= 0.8
+    assert found["ink_thick_to_thin"] >= 1.1
+    assert claimed["loss"] < claimed["loss_no_caption"] < claimed["loss_wrong_caption"]
+    assert claimed["read_as_asked"] >= 0.9
+    assert claimed["ink_thick_to_thin"] >= 1.1
+    assert sum(file.stat().st_size for file in path("tiny-unet").iterdir()) < 4_000_000
 
 
 @given(text=st.text())

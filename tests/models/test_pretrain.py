@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from torch import nn
 
 from tunesmith import world
 from tunesmith.errors import CheckpointError
-from tunesmith.models.pretrain import encoder, lm, loop, mixture
+from tunesmith.models import diffusion
+from tunesmith.models.pretrain import encoder, lm, loop, mixture, unet
 from tunesmith.models.pretrain.__main__ import main
 from tunesmith.models.pretrain.tokenizer import load
 from tunesmith.world import realtext
+from tunesmith.world.images import digits
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +142,24 @@ def test_corruption_is_that_of_bert(mix: mixture.Mixture) -> None:
     assert (fate == 77).float().mean().item() == pytest.approx(0.1, abs=0.02)
 
 
+def test_captions_of_digits_are_true_and_some_are_empty() -> None:
+    images, labels = digits("train")
+    styles, rng = unet.styles(images, labels), random.Random(0)
+    ink = images.reshape(len(images), -1).mean(1)
+    for digit in range(10):
+        thin, thick = (ink[[i for i in range(len(ink)) if labels[i] == digit and styles[i] == s]] for s in unet.STYLES)
+        assert thin.max() < thick.min()
+        assert 0.25 < len(thin) / (labels == digit).sum() < 0.42
+    said = [unet.caption(int(labels[i]), styles[i], rng).split() for i in range(len(images)) for _ in range(3)]
+    assert sum(not words for words in said) / len(said) == pytest.approx(unet.CAPTIONLESS, abs=0.02)
+    for i, words in enumerate(said):
+        assert set(words) <= set(unet.WORDS[2:])
+        if words:
+            assert words[-1] == unet.DIGITS[labels[i // 3]]
+            assert {*words} & {*unet.STYLES} <= {styles[i // 3]}
+    assert {word for words in said for word in words} == set(unet.WORDS[2:])
+
+
 class _Regression:
     """A seeded linear problem that stops at a chosen step, as a killed process would."""
 
@@ -202,6 +223,20 @@ def test_training_learns_and_leaves_the_global_generator_alone(tmp_path: Path) -
     problem.run(tmp_path)
     assert problem.loss(999)[0].item() < 0.5 * before
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_command_line_makes_a_diffusion_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unet, "EACH", 1)
+    monkeypatch.setattr(unet, "SAMPLING", 2)
+    options = ["tiny-unet", "--steps", "2", "--output", str(tmp_path / "unet"), "--checkpoints", str(tmp_path / "run")]
+    assert main(options) == 0
+    loaded = diffusion.load(tmp_path / "unet")
+    assert loaded.dtype == torch.float32
+    assert loaded.sample(["a thick seven"], steps=2).shape == (1, 1, 8, 8)
+    card = (tmp_path / "unet" / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert "| steps | 2 |" in card
+    assert all(file.stat().st_mode & 0o777 == 0o644 for file in (tmp_path / "unet").iterdir())
 
 
 def test_command_line_makes_a_model_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -230,6 +230,13 @@ def test_exact_restore_keeps_every_bit(estimator: Any, dtype: torch.dtype) -> No
         assert same(before, checkpoint(model))
 
 
+def test_exact_restore_keeps_few_numbers() -> None:
+    p = nn.Parameter(0.02 * torch.randn(20_000, generator=torch.Generator().manual_seed(0)))
+    directions = Directions([{"params": [p]}])
+    for path in ([(1, 1e-3), (1, -1e-3)], [(1, 1e-3), (1, -1e-3), (1, -1e-3), (1, 1e-3)]):
+        assert 0 < sum(len(values) for _, _, values in directions._astray(path)) < 0.2 * len(p)
+
+
 def test_conservative_never_raises_the_loss_where_sgd_does() -> None:
     reached = {}
     for update in ("sgd", "conservative"):
@@ -290,6 +297,10 @@ def test_as_much_is_masked_as_was_asked(share: float) -> None:
     assert torch.equal(again == 0, z == 0), "the mask does not depend on the direction"
     kept = full[z != 0]
     assert abs(float(kept.std()) - 1) < 0.02, "nor on its numbers"
+    twins = direction(1, (400, 300), (400, 300), mask=Mask(5, share), block_size=60_000)
+    pieces = [half == 0 for twin in twins for half in twin.view(2, -1)]
+    for one, two in itertools.combinations(pieces, 2):
+        assert float((one & two).double().mean()) == pytest.approx(share**2, abs=0.01), "no two blocks are alike"
 
 
 def test_a_masked_run_moves_the_same_numbers_until_it_is_resampled() -> None:

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from tunesmith.core.attention import PositionedLayer, positioned
 from tunesmith.core.modelmap import blocks
-from tunesmith.errors import ModelError
+from tunesmith.errors import CheckpointError, ModelError
 
 _MARK = "_tunesmith_inference"
 
@@ -92,6 +93,26 @@ class Inference(ABC):
         """Count from nothing again."""
         self._cost = Cost(self.unit)
 
+    def training_state(self) -> dict[str, Tensor]:
+        """What it learnt while the model trained, beyond parameters: kept in checkpoints, so that runs resume."""
+        return {}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `training_state` gave.
+
+        Raises:
+            CheckpointError: it was another method's.
+        """
+        if state:
+            raise CheckpointError(f"{type(self).__name__} keeps no state; found {', '.join(sorted(state))}")
+
+
+def attached(model: nn.Module) -> Inference | None:
+    """The method that is attached to a model, PEFT-wrapped or not."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found: Inference | None = getattr(base, _MARK, None)
+    return found
+
 
 @dataclass
 class BlockCall:
@@ -121,6 +142,54 @@ class BlockCall:
         """The block on all of its inputs, (B, q, dim)."""
         return self._forward(*self._args, **self._kwargs)
 
+    def run_apart(self) -> Tensor:
+        """The same beside the cache: no keys are read from it or left in it."""
+        return self._with(lambda name, value: None if name == "past_key_values" else value)
+
+    def run_columns(self, columns: Tensor) -> Tensor:
+        """Some of the q columns through the block, at their own positions; the others go by unchanged.
+
+        A column attends to those of the chosen ones that come before it, and to the earlier columns whose keys the
+        cache holds.
+
+        Args:
+            columns: (k,) int64, ascending, the same in all rows; their keys enter the cache, if there is one. Or
+                (B, k), each row its own; the cache, which has one set of columns for all rows, then goes without.
+
+        Returns:
+            (B, q, dim); gradients reach the unchanged columns too.
+
+        Raises:
+            ModelError: an input cannot be cut (a mask of another kind, rows laid end to end, an input per token that
+                is not known); or each row has its own columns and there were earlier ones.
+        """
+        q = self.hidden.shape[1]
+        shared = columns.dim() == 1
+        if self.past and not shared:
+            raise ModelError(f"block {self.index}: after cached columns all rows must run the same ones")
+        index = columns[None] if shared else columns
+        held = torch.arange(self.past)
+        if self.layer is not None and self.past:
+            held = self.layer.columns
+        keys = torch.cat([held.to(index.device).expand(len(index), -1), self.past + index], dim=1)
+
+        def cut(name: str, value: Any) -> Any:
+            return None if name == "past_key_values" and not shared else _taken(name, value, index, keys, q)
+
+        out = self._with(cut).to(self.hidden.dtype)
+        if self.layer is not None:
+            if shared:
+                self.layer.columns = keys[0].cpu()
+            self.layer.seen = self.past + q
+        return self.hidden.scatter(1, index[..., None].expand_as(out), out)
+
+    def _with(self, change: Callable[[str, Any], Any]) -> Tensor:
+        """The block on inputs that were changed, each by its name."""
+        # Positional inputs stay so: reentrant checkpointing gives no gradient to others.
+        names = _parameter_names(type(self.block).forward)
+        args = tuple(change(name, value) for name, value in zip(names, self._args, strict=False))
+        return self._forward(*args, **{name: change(name, value) for name, value in self._kwargs.items()})
+
     def run_first(self, columns: int) -> Tensor:
         """The block on the first of the q columns, (B, columns, dim); the others go by without keys.
 
@@ -138,10 +207,7 @@ class BlockCall:
             return self.run()
         out = self.hidden[:, :0]
         if columns:
-            names = _parameter_names(type(self.block).forward)
-            cut = functools.partial(_first, columns=columns, past=self.past)
-            args = tuple(cut(name, value) for name, value in zip(names, self._args, strict=False))
-            out = self._forward(*args, **{name: cut(name, value) for name, value in self._kwargs.items()})
+            out = self._with(functools.partial(_first, columns=columns, past=self.past))
         if self.layer is not None:
             self.layer.skip(q - columns)
         return out
@@ -163,6 +229,48 @@ def _first(name: str, value: Any, columns: int, past: int) -> Any:
     if name == "position_embeddings" and value is not None:
         return tuple(part[:, :columns] for part in value)
     return value
+
+
+def _taken(name: str, value: Any, columns: Tensor, keys: Tensor, q: int) -> Any:
+    """An input of a block, for some columns only.
+
+    Args:
+        name: Of the input.
+        value: Of all q columns.
+        columns: (B or 1, k), counted from the first of the q.
+        keys: (B or 1, m), which columns will have keys, counted from the first of the sequence.
+        q: Columns that the block was given.
+    """
+    if name == "attention_mask" and value is not None:
+        if isinstance(value, Tensor) and value.dim() == 4:
+            return _gathered(_gathered(value, 2, columns), 3, keys)
+        if isinstance(value, Tensor) and value.dim() == 2:
+            return _gathered(value, 1, keys)
+        raise ModelError(
+            f"this model hands its blocks a mask that cannot be cut ({type(value).__name__}); load it with "
+            'attn_implementation="sdpa" or "eager"'
+        )
+    if name in ("hidden_states", "position_ids"):
+        return _gathered(value, 1, columns)
+    if name == "position_embeddings" and value is not None:
+        return tuple(_gathered(part, 1, columns) for part in value)
+    if isinstance(value, Tensor) and (name.startswith("cu_seq_lens") or (value.dim() > 1 and value.shape[1] == q)):
+        raise ModelError(f"the blocks of this model are given {name!r}, which is not known how to cut to some columns")
+    return value
+
+
+def _gathered(value: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Entries `index`, (B or 1, k), of a dimension of (B or 1, ...)."""
+    rows = [max(len(value), len(index)), *value.shape[1:]]
+    if dim == 1:
+        # Not `gather`, which keeps the whole of `value` for the backward pass.
+        flat = index + torch.arange(rows[0], device=index.device)[:, None] * rows[1]
+        taken = value.expand(rows).reshape(-1, *rows[2:]).index_select(0, flat.flatten())
+        return taken.unflatten(0, flat.shape)
+    around = [1] * value.dim()
+    around[0], around[dim] = index.shape
+    size = [*rows[:dim], index.shape[1], *rows[dim + 1 :]]
+    return value.expand(rows).gather(dim, index.reshape(around).expand(size))
 
 
 @functools.cache

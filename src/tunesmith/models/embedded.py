@@ -13,6 +13,7 @@ EMBEDDED: dict[str, str] = {
     "tiny-lm-s": "causal language model, 1.0 M parameters (Llama)",
     "tiny-encoder": "masked language model, 1.1 M parameters (BERT)",
     "tiny-vit": "image classifier for 8 x 8 digits, 0.2 M parameters (ViT)",
+    "tiny-unet": "diffusion model of captioned 8 x 8 digits, 1.3 M parameters (UNet)",
     "tokenizer": "the byte-level BPE tokenizer that the three language models share",
 }
 """Name -> what it is."""

@@ -11,7 +11,7 @@ import torch
 
 from tunesmith.errors import TunesmithError
 from tunesmith.models.embedded import EMBEDDED, WEIGHTS
-from tunesmith.models.pretrain import encoder, lm, tokenizer, vit
+from tunesmith.models.pretrain import encoder, lm, tokenizer, unet, vit
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,11 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.name == "tokenizer":
             tokenizer.make(output)
             return 0
-        plans = {**lm.PLANS, "tiny-encoder": encoder.PLAN, "tiny-vit": vit.PLAN}
+        plans = {**lm.PLANS, "tiny-encoder": encoder.PLAN, "tiny-vit": vit.PLAN, "tiny-unet": unet.PLAN}
         plan = plans[options.name]
         if options.steps is not None:
             plan = replace(plan, steps=options.steps)
-        make = {"tiny-encoder": encoder.make, "tiny-vit": vit.make}.get(options.name, lm.make)
+        others = {"tiny-encoder": encoder.make, "tiny-vit": vit.make, "tiny-unet": unet.make}
+        make = others.get(options.name, lm.make)
         make(plan, output, checkpoints, resume=options.resume, compiled=options.compile)
     except TunesmithError as error:
         print(error, file=sys.stderr)

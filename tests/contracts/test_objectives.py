@@ -111,6 +111,7 @@ def intuitive(model: nn.Module, some: list[Row], objective: Any) -> tuple[Tensor
 
 REFERENCES: Mapping[str, Callable[..., tuple[Tensor, int]]] = {
     "sft": sft,
+    "segmented-sft": sft,
     "intuitive-finetuning": intuitive,
     "gradient-dropout": sft,  # of a model without masks; tests/objectives has the rest
 }

@@ -254,9 +254,9 @@ def test_later_epochs_do_not_compute_the_prefix() -> None:
 
 
 def test_rows_are_known_in_any_batch_and_order() -> None:
-    model, given = frozen("llama"), batch("llama", rows=6)
+    model, given = frozen("llama", k=2, num_hidden_layers=3), batch("llama", rows=7)
     plain = model(**given).logits
-    kept = Prefix(model, 1, 2**20)
+    kept = Prefix(model, 2, 2**20)
     kept.attach()
     for rows in ([0, 1, 2], [3, 4, 5]):
         model(**{name: value[rows] for name, value in given.items()})
@@ -264,6 +264,9 @@ def test_rows_are_known_in_any_batch_and_order() -> None:
     again = model(**{name: value[order] for name, value in given.items()}).logits
     assert (kept.misses, kept.hits) == (6, 4)
     assert torch.allclose(again, plain[order], atol=1e-6)
+    mixed = model(**{name: value[[2, 6]] for name, value in given.items()}).logits
+    assert (kept.misses, kept.hits) == (8, 4), "one new row, and the batch runs as a whole"
+    assert torch.allclose(mixed, plain[[2, 6]], atol=1e-6)
 
 
 def test_whatever_the_blocks_see_tells_inputs_apart() -> None:

@@ -57,6 +57,13 @@ def test_every_choice_is_as_likely() -> None:
     assert len(more) == 4
 
 
+def test_blocks_draw_by_themselves() -> None:
+    names = llama(8)
+    kept = chosen(names)
+    picked = {tuple(sorted(n.split(".")[4] for n in kept if f".{i}.self_attn." in n)) for i in range(8)}
+    assert len(picked) > 2
+
+
 def test_seed_stage_and_draw_choose_anew_and_order_does_not() -> None:
     names = llama(4)
     first = chosen(names)
@@ -100,6 +107,21 @@ def test_both_attentions_of_a_decoder_give_half() -> None:
     for module in ("0.SelfAttention", "1.EncDecAttention"):
         inside = [n for n in kept if f"decoder.block.1.layer.{module}." in n and "relative" not in n]
         assert len(inside) == 2
+    differing = 0
+    for seed in range(10):
+        kept = chosen(names, seed=seed)
+        picked = [
+            {n[-8] for n in kept if f"decoder.block.0.layer.{module}." in n and "relative" not in n}
+            for module in ("0.SelfAttention", "1.EncDecAttention")
+        ]
+        differing += picked[0] != picked[1]
+    assert differing >= 5, "each draws by itself"
+
+
+def test_stacks_are_numbered_alike_in_every_process() -> None:
+    names = [f"tower{t}.layers.{i}.mlp.fc1.weight" for t in (3, 0, 2, 5, 4, 1) for i in range(2)]
+    found = places(names)
+    assert all(place and place.stack == int(name[5]) for name, place in found.items())
 
 
 def test_a_fused_matrix_trains_in_half_of_the_blocks() -> None:

@@ -267,6 +267,8 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
         "engine.subjects.subjects",
         "engine.save.save_merged",
         "engine.save.save_lora",
+        "engine.delta.extract",
+        "engine.delta.apply",
         "engine.ranks.by_method",
         "engine.ranks.of_adapter",
         "engine.pipeline.run_pipeline",

@@ -38,7 +38,7 @@ def test_the_embedding_and_the_bottom_blocks_rest() -> None:
     assert len(training(model)) == 11
 
 
-@pytest.mark.parametrize(("layers", "frozen"), [(12, 5), (24, 10), (6, 2), (2, 1), (1, 1)])
+@pytest.mark.parametrize(("layers", "frozen"), [(12, 5), (24, 10), (6, 2), (4, 2), (2, 1), (1, 1)])
 def test_without_a_number_the_share_of_the_paper(layers: int, frozen: int) -> None:
     model = tiny("llama", num_hidden_layers=layers)
     attached(model)

@@ -16,13 +16,14 @@ from tunesmith import inputs
 from tunesmith.core.meters import peak_memory, trainable
 from tunesmith.core.part import Use
 from tunesmith.core.report import Report
+from tunesmith.core.trace import Trace
 from tunesmith.engine import arguments as engine_arguments
 from tunesmith.engine import building, reporting, retain, select, sharding
 from tunesmith.engine.callbacks import Meters, Progress, StopCleanly
 from tunesmith.engine.measure import Measurer
 from tunesmith.engine.run_folder import RunFolder
-from tunesmith.engine.save import save_result
-from tunesmith.errors import TunesmithError
+from tunesmith.engine.save import check_output, save_result
+from tunesmith.errors import CheckpointError, TunesmithError
 from tunesmith.models import loader
 from tunesmith.recipe import Recipe, load
 
@@ -99,6 +100,31 @@ def pipeline(
     return run_pipeline(slug, load(recipe), options, run, resume=resume, overwrite=overwrite, quiet=quiet)
 
 
+def replay(run_folder: str | Path, output: str | Path, *, steps: int | None = None) -> Path:
+    """The model of a run at any of its steps, made from its trace: no data pass and no forward pass over it.
+
+    Args:
+        run_folder: Of a run whose optimizer kept a trace for checkpoints, finished or not.
+        output: Folder for the model or adapter; must not exist.
+        steps: How far; to the end of the trace if not given.
+
+    Raises:
+        CheckpointError: there is no trace, or it is of other weights, or has fewer steps; or `output` exists.
+    """
+    folder, output = RunFolder(run_folder), Path(output)
+    check_output(output)
+    latest = folder.latest()
+    file = folder.trace if folder.trace.exists() or latest is None else latest / folder.trace.name
+    if not file.exists():
+        raise CheckpointError(
+            f"{folder.path} has no {folder.trace.name}: only a run whose optimizer keeps one can be replayed, such as "
+            "mezo with checkpoint='trace' and restore='exact'"
+        )
+    trace, asked = Trace.load(file), load(folder.recipe)
+    begun = _Run(asked, asked.check(), folder, None, quiet=True, show=False)
+    return begun.replayed(trace, output, steps)
+
+
 class _Run:
     """One run, in the order in which things happen."""
 
@@ -154,6 +180,15 @@ class _Run:
                 rendering.show(report)
         return report
 
+    def replayed(self, trace: Trace, output: Path, steps: int | None) -> Path:
+        """The model at a step of the trace, saved."""
+        set_seed(self.recipe.train.seed)
+        self._load()
+        trainer, _, _ = self._trainer()
+        trainer.model.to(self.state.device)
+        trace.replay_(trainer.optimizer.param_groups, steps)
+        return save_result(self.built.model, self.processor, output, self.recipe, self.built.data.labels)
+
     def _load(self) -> None:
         """Rows, processor and model; the parts that go onto the model; rows as tokens."""
         recipe = self.recipe
@@ -183,7 +218,7 @@ class _Run:
             gathered,
             config=config,
             processor=self.processor,
-            start=self.checkpoint is None,
+            start=self.folder.begins_at(self.checkpoint),
         )
         if recipe.report.forgetting:
             self.retained = retain.rows(recipe, self.built.data, self.processor, config)
@@ -218,7 +253,7 @@ class _Run:
             args,
             processor=self.processor,
             callbacks=callbacks,
-            start=self.checkpoint is None,
+            start=self.folder.begins_at(self.checkpoint),
         )
         return made, meters, stop
 
@@ -227,4 +262,6 @@ class _Run:
         if self.state.is_main_process:
             model = trainer.accelerator.unwrap_model(trainer.model)
             save_result(model, self.processor, self.folder.model, self.recipe, self.built.data.labels, weights)
+            if log := trainer.log_of_run():
+                log.save(self.folder.trace)
         self.state.wait_for_everyone()

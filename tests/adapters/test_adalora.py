@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 import tunesmith
 from tests.train.conftest import data_file, model_folder, recipe  # noqa: F401
-from tests.train.test_processes import compared  # noqa: F401
 from tests.train.test_resume import weights
 from tests.zoo import batch, logits, same, tiny
 from tunesmith.adapters.adalora import AdaLoRA, Penalty, allocation
@@ -390,14 +389,6 @@ def test_stopped_and_resumed_is_bitwise_the_same(
     assert same(weights(fields["output"]), expected)
     kept = [value for name, value in expected.items() if name.endswith("kept")]
     assert sum(int(value.sum()) for value in kept) == 2 * len(kept)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_processes_give_what_one_gives(compared: Any) -> None:  # noqa: F811
-    accumulated = {**FIELDS, "train.gradient_accumulation": 2}
-    found = compared("torchrun", {"adalora": FIELDS, "accumulated": accumulated})
-    assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=1e-5)
 
 
 def test_the_regulariser_beside_it_is_refused() -> None:

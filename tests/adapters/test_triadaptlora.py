@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import tunesmith
 from tests.train.conftest import data_file, model_folder, recipe  # noqa: F401
-from tests.train.test_processes import compared  # noqa: F401
 from tests.train.test_resume import weights
 from tests.zoo import batch, logits, same, tiny
 from tunesmith.adapters.triadaptlora import TriAdaptLoRA, allocation
@@ -315,14 +314,6 @@ def test_stopped_and_resumed_is_bitwise_the_same(
     monkeypatch.undo()
     run(None, resume=True, **fields)
     assert same(weights(fields["output"]), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_processes_give_what_one_gives(compared: Any) -> None:  # noqa: F811
-    accumulated = {**FIELDS, "train.learning_rate": 1e-3, "train.gradient_accumulation": 2}
-    found = compared("torchrun", {"plain": {**FIELDS, "train.learning_rate": 1e-3}, "accumulated": accumulated})
-    assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=1e-5)
 
 
 def test_what_it_refuses() -> None:

@@ -291,6 +291,20 @@ def test_an_adapter_names_its_base_itself(tunesmith: Say, adapter: Callable[[str
     assert "intruder" in said.out.lower()
 
 
+def test_an_analysis_runs_the_models_on_given_rows(
+    tunesmith: Say, tuned: list[Path], data_file: Path, tmp_path: Path
+) -> None:
+    asked = ("analyze", "skill-localization", "--base", tuned[0], "--model", tuned[1], "--set", "epochs=1")
+    graft = tmp_path / "graft.safetensors"
+    said = tunesmith(*asked, "--data", data_file, "--rows", "12", "--set", f"save={graft}", "--set", "share=0.01")
+    assert said.status == 0, said.err
+    assert "agreement" in said.out.lower()
+    assert graft.exists()
+    without = tunesmith(*asked)
+    assert without.status == 0, without.err
+    assert "agreement" not in without.out.lower()
+
+
 def test_an_analysis_that_cannot_be_is_refused(tunesmith: Say, tuned: list[Path], model_folder: Folder) -> None:
     asked = ("analyze", "intruder-dimensions", "--model", tuned[1])
     assert "give the base as well" in tunesmith(*asked).error

@@ -28,12 +28,11 @@ from tunesmith.objectives.sft import SFT
 PARTS = catalog.in_room("optimizers")
 OPTIMIZERS = pytest.mark.parametrize("part", PARTS, ids=lambda p: p.slug)
 ON = pytest.mark.parametrize("family", FAMILIES)
-SMALL = {"rank": 4, "period": 3}
 
 
 def checked(part: Part, **more: Any) -> dict[str, Any]:
-    """Checked options, small where the part has them."""
-    return part.validate({**{k: v for k, v in SMALL.items() if k in part.options}, **more})
+    """Checked options that fit a tiny model."""
+    return part.validate({**part.target.brisk, **more})
 
 
 def build(part: Part, model: nn.Module, lr: float, weight_decay: float = 0.0, **more: Any) -> Optimizer:

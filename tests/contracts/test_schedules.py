@@ -78,7 +78,7 @@ GOVERNED = [
     pytest.param(part, make, id=f"{part.slug}-{make.__name__}")
     for part in catalog.in_room("schedules")
     for make in (deep, lora)
-    if make is lora or not part.target.adapters_only
+    if (make is lora or not part.target.adapters_only) and (make is deep or "adapters" not in part.refuses)
 ]
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tunesmith.core.directions import Directions, Trace, descend_
+from tunesmith.core.directions import Directions, descend_
+from tunesmith.core.trace import Trace
 from tunesmith.errors import CheckpointError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tests.zoo import batch, checkpoint, same, tiny
-from tunesmith.core.directions import Directions, Trace
+from tunesmith.core.directions import Directions
 from tunesmith.core.optimizer import Closure
 from tunesmith.core.schedule import Schedule
 from tunesmith.core.seeds import seed_of
+from tunesmith.core.trace import Trace
 from tunesmith.errors import TunesmithError
 from tunesmith.optimizers.mezo import MeZO
 
@@ -186,36 +185,3 @@ def test_a_schedule_may_freeze_but_not_under_a_trace() -> None:
         assert all("layers.0." in name for name in changed)
         schedule.begin_step(1)
         assert optimizer.state["run"]["step"] == 1, "the seeds go on"
-
-
-def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.manual_seed(rank)
-    p = nn.Parameter(torch.ones(30, dtype=torch.float64))
-    rows = torch.arange(8.0, dtype=torch.float64).view(8, 1)[rank::2]
-    optimizer = MeZO([p], lr=1e-5, samples=2, restore="exact")
-
-    def closure() -> Tensor:
-        loss = ((rows * p.detach()).sum(1) - rows[:, 0]).square().mean()
-        dist.all_reduce(loss)
-        return loss / 2
-
-    for _ in range(5):
-        optimizer.step(closure)
-    torch.save(p.detach(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:
-    mp.spawn(_process, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert torch.equal(first, second)
-    p, rows = nn.Parameter(torch.ones(30, dtype=torch.float64)), torch.arange(8.0, dtype=torch.float64).view(8, 1)
-    optimizer = MeZO([p], lr=1e-5, samples=2, restore="exact")
-    for _ in range(5):
-        optimizer.step(lambda: ((rows * p.detach()).sum(1) - rows[:, 0]).square().mean())
-    assert torch.allclose(p, first, rtol=1e-5)
-    assert not torch.allclose(p, torch.ones_like(p), rtol=1e-3)

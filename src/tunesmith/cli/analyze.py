@@ -9,6 +9,11 @@ import typer
 SLUG = typer.Argument(help="A part of the room `analysis`.")
 MODEL = typer.Option(..., "--model", help="The tuned model: a model or adapter folder, the folder of a run.")
 BASE = typer.Option(None, "--base", help="The model that it was tuned from; an adapter names its own.")
+DATA = typer.Option(
+    None, "--data", help="Rows to run the models on, as for `tunesmith train`; some analyses need them."
+)
+ROWS = typer.Option(256, "--rows", min=1, help="How many of them, from the first.")
+LENGTH = typer.Option(512, "--max-length", min=1, help="Of a row, in tokens; longer ones are cut.")
 OUTPUT = typer.Option(None, "--output", file_okay=False, help="Folder for report.json and report.html.")
 SET = typer.Option(None, "--set", metavar="OPTION=VALUE", help="An option of the analysis.")
 
@@ -17,6 +22,9 @@ def analyze(
     slug: str = SLUG,
     model: str = MODEL,
     base: str | None = BASE,
+    data: str | None = DATA,
+    rows: int = ROWS,
+    max_length: int = LENGTH,
     output: Path | None = OUTPUT,
     settings: list[str] | None = SET,
 ) -> None:
@@ -28,7 +36,7 @@ def analyze(
     part = catalog.get(slug, "analysis")
     options = part.validate(assignments(settings))
     quiet()
-    found = part.target(subjects(model, base), **options)
+    found = part.target(subjects(model, base, data, rows=rows, max_length=max_length), **options)
     report.show(found)
     if output is not None:
         for path in report.save(found, output).values():

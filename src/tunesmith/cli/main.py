@@ -20,6 +20,7 @@ from tunesmith.cli import (
     merge_adapter,
     pipeline,
     ranks,
+    replay,
     show,
     train,
 )
@@ -45,6 +46,7 @@ app.command("merge")(merge.merge)
 app.command("compress")(compress.compress)
 app.command("analyze")(analyze.analyze)
 app.command("catalog")(catalog.catalog)
+app.command("replay")(replay.replay)
 app.command("show")(show.show)
 app.add_typer(delta.app, name="delta")
 app.add_typer(evidence.app, name="evidence")

@@ -13,20 +13,15 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tunesmith.core.files import staged_file
 from tunesmith.core.masks import Mask
 from tunesmith.core.seeds import seed_of
 from tunesmith.core.tangents import derivative
-from tunesmith.errors import CheckpointError
 
 BLOCK_SIZE = 2**22
 """Numbers in a block: 16 MiB of noise."""
@@ -34,7 +29,6 @@ Noise = Literal["device", "cpu"]
 Move = tuple[int, float | Sequence[float]]
 """A seed, and how far to go along its direction: in all groups, or in each."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FORMAT = "tunesmith.trace/1"
 
 
 @dataclass(frozen=True)
@@ -266,6 +260,13 @@ class Directions:
             "drawn_on": "cpu" if self.noise == "cpu" else ",".join(sorted({t.device.type for *_, t in self._entries})),
         }
 
+    def contents(self) -> str:
+        """A fingerprint of every bit of the tensors, read block by block."""
+        seen = hashlib.blake2b(digest_size=8)
+        for block in self._parts:
+            seen.update(block.part.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
+        return seen.hexdigest()
+
 
 def move_(part: Tensor, step: Tensor) -> None:
     """part <- part + step, rounded once; step is float32 or wider."""
@@ -282,90 +283,6 @@ def _along(scale: float | Sequence[float], group: int) -> float:
 def rounded(coefficient: float) -> float:
     """To float32, so that a trace holds exactly what was applied."""
     return float(torch.tensor(coefficient, dtype=torch.float32))
-
-
-def _columns() -> dict[str, list[Any]]:
-    return {"seeds": [], "coefficients": [], "ends": [], "since": [], "rates": []}
-
-
-@dataclass
-class Trace:
-    """A run as the seeds that it tried and the coefficients that it found: theta_0 and this give theta_T.
-
-    Attributes:
-        fingerprint: Of the directions.
-        columns: Lists of numbers: `seeds` and `coefficients` of all probes; `ends`, for each step the number of probes
-            up to its end; `rates`, learning rates and then decays per group, each row valid from the step in `since`.
-    """
-
-    fingerprint: dict[str, Any]
-    columns: dict[str, list[Any]] = field(default_factory=_columns)
-
-    def record(self, moves: Sequence[tuple[int, float]], lr: Sequence[float], decay: Sequence[float]) -> None:
-        """Add one step: (seed, coefficient) of its probes, and the rates of the groups."""
-        kept, rates = self.columns, [*lr, *decay]
-        if not kept["rates"] or kept["rates"][-1] != rates:
-            kept["since"].append(len(kept["ends"]))
-            kept["rates"].append(rates)
-        kept["seeds"] += [seed for seed, _ in moves]
-        kept["coefficients"] += [coefficient for _, coefficient in moves]
-        kept["ends"].append(len(kept["seeds"]))
-
-    def replay_(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Turn the parameters that the run began with into those that it ended with, without a forward pass.
-
-        Raises:
-            CheckpointError: the tensors or the device are not those of the run.
-        """
-        was = self.fingerprint
-        directions = Directions(groups, block_size=was["block_size"], noise=was["noise"])
-        now = directions.fingerprint()
-        for key in was:
-            if was[key] != now[key]:
-                raise CheckpointError(
-                    f"the trace was recorded with {key} {was[key]!r} and cannot be replayed with {now[key]!r}; give "
-                    "the parameter groups of the run, on the same kind of device (or record with noise='cpu')"
-                )
-        kept, row, begin = self.columns, -1, 0
-        for step, end in enumerate(kept["ends"]):
-            if row + 1 < len(kept["since"]) and kept["since"][row + 1] == step:
-                row += 1
-            rates = kept["rates"][row]
-            half = len(rates) // 2
-            moves = list(zip(kept["seeds"][begin:end], kept["coefficients"][begin:end], strict=True))
-            descend_(directions, moves, rates[:half], rates[half:])
-            begin = end
-
-    def save(self, path: str | Path) -> Path:
-        """Write a safetensors file: 16 bytes per step of one probe, and the rates where they change."""
-        kept = self.columns
-        tensors = {
-            "seeds": torch.tensor(kept["seeds"], dtype=torch.int64),
-            "coefficients": torch.tensor(kept["coefficients"], dtype=torch.float32),
-            "ends": torch.tensor(kept["ends"], dtype=torch.int32),
-            "since": torch.tensor(kept["since"], dtype=torch.int32),
-            "rates": torch.tensor(kept["rates"], dtype=torch.float64),
-        }
-        with staged_file(path) as staging:
-            save_file(tensors, staging, {"format": _FORMAT, "fingerprint": json.dumps(self.fingerprint)})
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Trace:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: the file is missing or is not a trace.
-        """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = file.metadata() or {}
-                if meta.get("format") != _FORMAT:
-                    raise CheckpointError(f"{path}: expected a {_FORMAT} file, found the format {meta.get('format')!r}")
-                columns = {name: file.get_tensor(name).tolist() for name in _columns()}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: expected a {_FORMAT} file; it cannot be read ({error})") from error
-        return cls(json.loads(meta["fingerprint"]), columns)
 
 
 def descend_(

@@ -1,4 +1,4 @@
-"""The optimizer contract: `torch.optim.Optimizer`, and two things that a Trainer must know of it."""
+"""The optimizer contract: `torch.optim.Optimizer`, and what a Trainer must know of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import get_parameter_names
+
+from tunesmith.core.trace import Trace
 
 Closure = Callable[[], Tensor]
 
@@ -44,6 +46,10 @@ class Optimizer(torch.optim.Optimizer):
                 backward pass, as torch's closures do, or leaves that to the caller.
         """
         raise TypeError(f"{type(self).__name__} is not a forward-only optimizer")
+
+    def log(self) -> Trace | None:
+        """The run so far, where checkpoints are to hold that and no weights; None where they hold weights."""
+        return None
 
 
 def keep_saved_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

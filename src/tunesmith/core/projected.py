@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class ProjectedAdamW(SpaceAdamW):
     A group whose `rank` is None gets plain AdamW, and so does every tensor that is not 2-D. Groups have the keys
     `rank`, `period`, `scale` and `proj_type`.
     """
+
+    brisk: ClassVar[Mapping[str, object]] = {"rank": 4, "period": 3}
 
     @classmethod
     def groups(cls, model: nn.Module, *, weight_decay: float = 0.0, **options: Any) -> list[dict[str, Any]]:

@@ -26,14 +26,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tunesmith.core.adapter import Adapter
 from tunesmith.core.files import STAGING_PREFIX, replace_folder
 from tunesmith.core.objective import Objective
-from tunesmith.core.optimizer import set_lr_ratios
+from tunesmith.core.optimizer import Optimizer, set_lr_ratios
 from tunesmith.core.packing import count_tokens
 from tunesmith.core.schedule import Schedule
 from tunesmith.core.tangents import reduced
+from tunesmith.core.trace import Trace
 from tunesmith.errors import CheckpointError, TunesmithError
 
 STATE_FILE = "tunesmith_state.safetensors"
 """In a checkpoint: what parts keep from step to step beyond parameters."""
+TRACE_FILE = "trace.safetensors"
+"""In a checkpoint that holds no weights: what makes them from those that the run began with."""
 
 
 class TrainerMixin:
@@ -179,7 +182,7 @@ class TrainerMixin:
                 loss = self.compute_loss(model, batch, num_items_in_batch=items)
             loss = loss / len(batches) if shares else loss
             if backward:
-                loss.backward()
+                _add_gradients(loss, model)
             losses.append(loss.detach() if backward else loss)  # to detach would take a forward-mode tangent too
         return torch.stack(losses).sum()
 
@@ -192,8 +195,32 @@ class TrainerMixin:
                 found |= {f"adapter/{name}/{key}": value for key, value in module.training_state().items()}
         return {key: value.detach().cpu().contiguous() for key, value in found.items()}
 
+    def log_of_run(self) -> Trace | None:
+        """What the optimizer keeps instead of weights, if it does."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer.log() if isinstance(optimizer, Optimizer) else None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        log = self.log_of_run() if self._staging and output_dir else None
+        if log is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.args.load_best_model_at_end:
+            raise TunesmithError(
+                "load_best_model_at_end=True needs checkpoints with weights, and these hold the optimizer's trace; set "
+                "it to False, or let the optimizer keep weights"
+            )
+        if self.args.should_save and output_dir:
+            log.save(Path(output_dir) / TRACE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not (Path(resume_from_checkpoint) / TRACE_FILE).exists():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (trace := Path(checkpoint) / TRACE_FILE).exists():
+            Trace.load(trace).replay_(self.optimizer.param_groups)
         if checkpoint is None or not (file := Path(checkpoint) / STATE_FILE).exists():
             return
         owners: dict[str, Any] = {f"schedule/{i}": schedule for i, schedule in enumerate(self._schedules())}
@@ -317,3 +344,11 @@ class TrainerMixin:
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
+
+
+def _add_gradients(loss: Tensor, model: nn.Module) -> None:
+    """`loss.backward()`, past the hooks on parameters: to several processes' wrapper, what passes those is a step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p, found in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
+        if found is not None:
+            p.grad = found if p.grad is None else p.grad.add_(found)

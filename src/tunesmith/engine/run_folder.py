@@ -3,6 +3,7 @@
 recipe.yaml            what was asked; a folder belongs to one recipe
 checkpoints/           checkpoint-N, each complete or absent
 before.json            what was measured before training
+trace.safetensors      of an optimizer that keeps a trace for checkpoints: what `tunesmith replay` reads
 model/                 the result: a PEFT adapter folder or a transformers model folder
 report.json, .html     what was measured
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.core.files import remove_staging, write_text
+from tunesmith.core.trainer import TRACE_FILE
 from tunesmith.errors import CheckpointError
 from tunesmith.recipe import Recipe, load
 
@@ -60,6 +62,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.before = self.path / "before.json"
         self.model = self.path / "model"
+        self.trace = self.path / TRACE_FILE
 
     def open(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
         """Claim the folder for `recipe`; returns the checkpoint to go on from, None to begin.
@@ -106,6 +109,10 @@ class RunFolder:
         found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
         return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
 
+    def begins_at(self, checkpoint: Path | None) -> bool:
+        """Whether the model is made from nothing: there is no checkpoint, or one that holds a trace alone."""
+        return checkpoint is None or (checkpoint / TRACE_FILE).exists()
+
     def save_before(self, content: dict[str, Any]) -> None:
         """Keep what was measured before training, for the report of a resumed run."""
         write_text(self.before, json.dumps(content))
@@ -118,7 +125,7 @@ class RunFolder:
         for folder in (self.checkpoints, self.model):
             shutil.rmtree(folder, ignore_errors=True)
         # The recipe goes last: it is what tells that the rest is a run, should this be interrupted.
-        for name in ("before.json", "report.json", "report.html", "recipe.yaml"):
+        for name in ("before.json", "report.json", "report.html", TRACE_FILE, "recipe.yaml"):
             (self.path / name).unlink(missing_ok=True)
 
     def _check_same(self, recipe: Recipe) -> None:

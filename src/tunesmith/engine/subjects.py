@@ -10,6 +10,7 @@ from torch import nn
 
 from tunesmith.core.analysis import Subjects
 from tunesmith.core.statedict import Checkpoint
+from tunesmith.engine.batches import encoded
 from tunesmith.models.loader import ADAPTER_CONFIG, load_model, resolve
 
 
@@ -34,8 +35,18 @@ def base_of(name: str) -> str | None:
     return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.exists() else None
 
 
-def subjects(tuned: str, base: str | None) -> Subjects:
-    """A tuned model and what it was tuned from, by name; an adapter names its base itself."""
+def subjects(
+    tuned: str, base: str | None, data: str | None = None, *, rows: int = 256, max_length: int = 512
+) -> Subjects:
+    """A tuned model and what it was tuned from, by name; an adapter names its base itself.
+
+    Args:
+        tuned: A model or adapter.
+        base: Of it.
+        data: Rows to run them on, as `data.train` of a recipe; none if not given.
+        rows: How many of them.
+        max_length: Of a row, in tokens.
+    """
     base = base or base_of(tuned)
     names = {"tuned": tuned, "base": base}
 
@@ -45,4 +56,8 @@ def subjects(tuned: str, base: str | None) -> Subjects:
         found = load_model(name, merge=True)
         return found.model, found.processor
 
-    return Subjects(checkpoint(tuned), None if base is None else checkpoint(base), load)
+    given: list[dict[str, Any]] = []
+    if data is not None:
+        found = encoded(load_model(tuned, merge=True), data, max_length).train
+        given = [found[i] for i in range(min(rows, len(found)))]
+    return Subjects(checkpoint(tuned), None if base is None else checkpoint(base), load, given)

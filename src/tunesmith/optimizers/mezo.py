@@ -23,11 +23,12 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from tunesmith.core.directions import BLOCK_SIZE, Directions, Noise, Trace, descend_
+from tunesmith.core.directions import BLOCK_SIZE, Directions, Noise, descend_
 from tunesmith.core.optimizer import Closure, Optimizer
 from tunesmith.core.part import part
 from tunesmith.core.seeds import seed_of
-from tunesmith.errors import TunesmithError
+from tunesmith.core.trace import Trace
+from tunesmith.errors import RecipeError, TunesmithError
 
 _RUN = "run"
 
@@ -55,6 +56,8 @@ class MeZO(Optimizer):
         block_size: Numbers drawn at a time, which bounds the extra memory at 4 bytes each (8 for half precision).
         noise: Draw on the weights' own `device`, or on the `cpu`, slower, for a trace that any device can replay.
         trace: Keep seeds and coefficients, from which `optimizer.trace.replay_` makes the run's end from its start.
+        checkpoint: What checkpoints of a Trainer hold: all weights, or the trace, from which a resumed run makes them
+            again from the model that it began with; that needs `restore="exact"`.
     """
 
     forward_only: ClassVar[bool] = True
@@ -73,13 +76,19 @@ class MeZO(Optimizer):
         block_size: PositiveInt = BLOCK_SIZE,
         noise: Noise = "device",
         trace: bool = False,
+        checkpoint: Literal["weights", "trace"] = "weights",
     ) -> None:
+        if checkpoint == "trace" and restore != "exact":
+            raise RecipeError(
+                "mezo: checkpoint='trace' replays the steps alone, and restore='add' leaves roundings of the way there "
+                "and back in the weights; take restore='exact'"
+            )
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.eps, self.samples, self.restore = eps, samples, restore
-        self.block_size, self.noise = block_size, noise
+        self.block_size, self.noise, self.checkpoint = block_size, noise, checkpoint
         # The key is not a parameter: a schedule that freezes one takes its state, and the count must go on.
         self.state[_RUN] = {"step": 0, "skipped": 0, "seed": seed}
-        if trace:
+        if trace or checkpoint == "trace":
             self.state[_RUN]["trace"] = {**vars(Trace(self._directions().fingerprint()))}
 
     def _directions(self) -> Directions:
@@ -96,6 +105,10 @@ class MeZO(Optimizer):
             raise TunesmithError("MeZO kept no trace of this run; make it with `trace=True`")
         return Trace(**self.state[_RUN]["trace"])
 
+    def log(self) -> Trace | None:
+        """The trace, with `checkpoint="trace"`."""
+        return self.trace if self.checkpoint == "trace" else None
+
     @property
     def skipped(self) -> int:
         """Estimates left out because a loss was not finite."""
@@ -109,6 +122,8 @@ class MeZO(Optimizer):
             The mean of the losses that were measured, ().
         """
         run, directions = self.state[_RUN], self._directions()
+        if "trace" in run and not run["step"]:  # before a probe: restore="add" leaves roundings behind
+            run["trace"]["base"] = directions.contents()
         found, losses = [], []
         for sample in range(self.samples):
             seed = seed_of(run["seed"], "mezo", run["step"], sample)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -72,6 +72,7 @@ class ZOPersonalization(Optimizer):
     """
 
     forward_only: ClassVar[bool] = True
+    brisk: ClassVar[Mapping[str, object]] = {"period": 3}
     _found: list[tuple[int, float]] | None = None
 
     def __init__(

@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from tunesmith import world
-from tunesmith.core.directions import Directions, Trace
+from tunesmith.core.directions import Directions
 from tunesmith.core.meters import grad_bytes, saved_bytes, state_bytes
 from tunesmith.core.seeds import generator
+from tunesmith.core.trace import Trace
 from tunesmith.evidence.claim import Check, Claim, Figures
 from tunesmith.evidence.kit_bytes import LiveBytes
 from tunesmith.optimizers.mezo import MeZO

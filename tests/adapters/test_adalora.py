@@ -15,10 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 import tunesmith
 from tests.train.conftest import data_file, model_folder, recipe  # noqa: F401
-from tests.train.test_resume import weights
+from tests.train.resuming import resumed, weights
 from tests.zoo import batch, logits, same, tiny
 from tunesmith.adapters.adalora import AdaLoRA, Penalty, allocation
-from tunesmith.engine.callbacks import Meters
 from tunesmith.errors import ModelError, RecipeError, TunesmithError
 from tunesmith.recipe import load
 from tunesmith.train import run
@@ -367,26 +366,12 @@ def test_stopped_and_resumed_is_bitwise_the_same(
     at: int,
     recipe: Callable[..., dict[str, Any]],  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before, between and after the allocations."""
     fields = recipe(**FIELDS, **{"train.save_every": 1})
     run(None, **fields)
     expected = weights(fields["output"])
-    fields["output"] = str(tmp_path / "stopped")
-    real = Meters.on_step_end
-
-    def on_step_end(self: Meters, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        real(self, args, state, control, **kwargs)
-        if state.global_step == at:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Meters, "on_step_end", on_step_end)
-    with pytest.raises(KeyboardInterrupt):
-        run(None, **fields)
-    monkeypatch.undo()
-    run(None, resume=True, **fields)
-    assert same(weights(fields["output"]), expected)
+    assert same(resumed(fields, tmp_path / "stopped", at), expected)
     kept = [value for name, value in expected.items() if name.endswith("kept")]
     assert sum(int(value.sum()) for value in kept) == 2 * len(kept)
 

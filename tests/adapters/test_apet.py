@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tunesmith
 from tests.train.conftest import data_file, model_folder, recipe  # noqa: F401
-from tests.train.test_resume import weights
+from tests.train.resuming import resumed, weights
 from tests.zoo import FAMILIES, batch, checkpoint, logits, same, tiny
 from tunesmith.adapters.apet import APET, Group, Plan, Study, draw, spend, study
 from tunesmith.core import layer as layers
@@ -28,7 +28,6 @@ from tunesmith.core.adapter import stacked
 from tunesmith.core.layer import describe
 from tunesmith.core.modelmap import block_linears
 from tunesmith.core.tuner_layer import TunesmithLayer
-from tunesmith.engine.callbacks import Meters
 from tunesmith.errors import ModelError, RecipeError
 from tunesmith.train import run
 
@@ -394,23 +393,9 @@ def test_stopped_and_resumed_is_bitwise_the_same(
     granularity: str,
     recipe: Callable[..., dict[str, Any]],  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spec = {"name": "apet", "granularity": granularity, "budget": 2000, "lora_rank": 2, "bottleneck": 400}
     fields = recipe(adapters=[spec])
     run(None, **fields)
     expected = weights(fields["output"])
-    fields["output"] = str(tmp_path / "stopped")
-    real = Meters.on_step_end
-
-    def on_step_end(self: Meters, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        real(self, args, state, control, **kwargs)
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Meters, "on_step_end", on_step_end)
-    with pytest.raises(KeyboardInterrupt):
-        run(None, **fields)
-    monkeypatch.undo()
-    run(None, resume=True, **fields)
-    assert same(weights(fields["output"]), expected)
+    assert same(resumed(fields, tmp_path / "stopped", 5), expected)

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tunesmith
+from tests.train import resuming
 from tests.train.conftest import data_file, model_folder, recipe  # noqa: F401 (fixtures)
 from tests.zoo import batch, logits, same, tiny
 from tunesmith.adapters.sara import SaRA, paper_rate, threshold_of
@@ -22,7 +22,6 @@ from tunesmith.core.adapter import stacked
 from tunesmith.core.layer import describe
 from tunesmith.core.meters import saved_bytes, state_bytes
 from tunesmith.core.sparse_export import sparse_delta
-from tunesmith.engine.callbacks import Meters
 from tunesmith.errors import CheckpointError, ModelError, RecipeError, TunesmithError
 from tunesmith.train import run
 
@@ -285,25 +284,8 @@ def test_a_run_resumes_bitwise_after_the_second_choice(
     real_freeze = SaRA._freeze
     monkeypatch.setattr(SaRA, "_freeze", lambda self, frozen: (seen.append(self), real_freeze(self, frozen))[1])
 
-    def weights_of(folder: str) -> dict[str, Tensor]:
-        (file,) = Path(folder, "model").glob("*.safetensors")
-        return load_file(file)
-
     run(None, **fields)
-    expected = weights_of(fields["output"])
+    expected = resuming.weights(fields["output"])
     assert seen
     assert 0 < sum(int(s.frozen.sum()) for s in seen) < sum(len(s.frozen) for s in seen)
-    fields["output"] = str(tmp_path / "stopped")
-    real = Meters.on_step_end
-
-    def on_step_end(self: Meters, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        real(self, args, state, control, **kwargs)
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Meters, "on_step_end", on_step_end)
-    with pytest.raises(KeyboardInterrupt):
-        run(None, **fields)
-    monkeypatch.setattr(Meters, "on_step_end", real)
-    run(None, resume=True, **fields)
-    assert same(weights_of(fields["output"]), expected)
+    assert same(resuming.resumed(fields, tmp_path / "stopped", 5), expected)

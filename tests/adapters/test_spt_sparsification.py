@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 import tunesmith
 from tests.train.conftest import data_file, model_folder, recipe  # noqa: F401
+from tests.train.resuming import resumed, weights
 from tests.train.test_processes import compared  # noqa: F401
-from tests.train.test_resume import weights
 from tests.zoo import DECODERS, FAMILIES, batch, checkpoint, logits, same, tiny
 from tunesmith.adapters.spt_sparsification import SPTSparsification
 from tunesmith.core import attend, product_codes
 from tunesmith.core.product_codes import Sight
-from tunesmith.engine.callbacks import Meters
 from tunesmith.errors import ModelError, RecipeError, TunesmithError
 from tunesmith.recipe import load
 from tunesmith.train import run
@@ -252,26 +251,13 @@ FIELDS: dict[str, Any] = {"adapters": [{"name": SLUG, "codebook_steps": 4, "code
 def test_stopped_and_resumed_is_bitwise_the_same(
     recipe: Callable[..., dict[str, Any]],  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fields = recipe(**FIELDS, **{"train.save_every": 1})
     run(None, **fields)
     expected = weights(fields["output"])
     assert any(name.endswith("words") for name in expected)
-    fields["output"] = str(tmp_path / "stopped")
-    real = Meters.on_step_end
-
-    def on_step_end(self: Meters, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        real(self, args, state, control, **kwargs)
-        if state.global_step == 6:  # attention is sparse, and codewords go on
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Meters, "on_step_end", on_step_end)
-    with pytest.raises(KeyboardInterrupt):
-        run(None, **fields)
-    monkeypatch.undo()
-    run(None, resume=True, **fields)
-    assert same(weights(fields["output"]), expected)
+    # At step 6 attention is sparse, and codewords go on.
+    assert same(resumed(fields, tmp_path / "stopped", 6), expected)
 
 
 def test_what_cannot_be() -> None:

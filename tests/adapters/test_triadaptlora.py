@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 import tunesmith
 from tests.train.conftest import data_file, model_folder, recipe  # noqa: F401
-from tests.train.test_resume import weights
+from tests.train.resuming import resumed, weights
 from tests.zoo import batch, logits, same, tiny
 from tunesmith.adapters.triadaptlora import TriAdaptLoRA, allocation
 from tunesmith.core.adapter import Step
 from tunesmith.core.layer import describe
-from tunesmith.engine.callbacks import Meters
 from tunesmith.errors import RecipeError, TunesmithError
 from tunesmith.recipe import load
 from tunesmith.train import run
@@ -293,27 +292,13 @@ def test_stopped_and_resumed_is_bitwise_the_same(
     at: int,
     recipe: Callable[..., dict[str, Any]],  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The step after the checkpoint (2 or 4) is one at which layers grow."""
     fields = recipe(**FIELDS)
     run(None, **fields)
     expected = weights(fields["output"])
     assert len({int(value) for name, value in expected.items() if name.endswith("grown")}) > 1
-    fields["output"] = str(tmp_path / "stopped")
-    real = Meters.on_step_end
-
-    def on_step_end(self: Meters, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        real(self, args, state, control, **kwargs)
-        if state.global_step == at:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Meters, "on_step_end", on_step_end)
-    with pytest.raises(KeyboardInterrupt):
-        run(None, **fields)
-    monkeypatch.undo()
-    run(None, resume=True, **fields)
-    assert same(weights(fields["output"]), expected)
+    assert same(resumed(fields, tmp_path / "stopped", at), expected)
 
 
 def test_what_it_refuses() -> None:

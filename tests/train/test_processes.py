@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.train.resuming import QUICK
 from tests.train.test_resume import METHODS
 from tunesmith.train import run
 
@@ -23,13 +24,6 @@ TOGETHER |= {f"{name}-accumulated": {**METHODS[name], "train.gradient_accumulati
 TOGETHER["slimfit"] = {"schedule": {"name": "slimfit", "compress": False}}  # what it rounds are a process's own rows
 LOCAL = {"greentrainer"}
 """Chooses by what the rows of the first process cost: it runs on two, and ends elsewhere than on one."""
-BARE = {
-    "train.save_every": 8,
-    "train.eval_every": 8,
-    "report.generate_rows": 0,
-    "report.samples": 0,
-    "report.forgetting": False,
-}
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     # With --cpu accelerate starts one process, whatever the number; --multi_gpu is its way to start several.
@@ -74,7 +68,13 @@ def compared(
         jobs = {}
         for name, change in changes.items():
             common = recipe(
-                **{"train.learning_rate": 1e-3, **BARE, **change, "output": str(tmp_path / f"run-{name}" / "two")}
+                **{
+                    "train.learning_rate": 1e-3,
+                    **QUICK,
+                    "train.save_every": 8,
+                    **change,
+                    "output": str(tmp_path / f"run-{name}" / "two"),
+                }
             )
             jobs[name] = {**common, "train.batch_size": 2}
             run(None, **{**common, "output": str(tmp_path / f"run-{name}" / "one"), "train.fsdp": False})

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.fields import field_of
+from tests.train.resuming import QUICK, resumed, weights
 from tests.zoo import same
 from tunesmith import catalog
 from tunesmith.core.part import Part
@@ -61,11 +60,6 @@ def eligible(part: Part) -> bool:
 ROOMS = ("adapters", "schedules", "optimizers")
 METHODS = OTHERS | {part.slug: small(part) for room in ROOMS for part in catalog.in_room(room) if eligible(part)}
 EVERY = pytest.mark.parametrize("name", METHODS)
-
-
-def weights(folder: str) -> dict[str, torch.Tensor]:
-    (file,) = Path(folder, "model").glob("*.safetensors")
-    return load_file(file)
 
 
 # A process that kills itself: at a step, or when a checkpoint is written but has not its name yet.
@@ -124,25 +118,12 @@ def test_killed_and_resumed_is_bitwise_the_same(
 
 @EVERY
 def test_stopped_and_resumed_is_bitwise_the_same(
-    name: str, recipe: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, recipe: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    fields = recipe(**METHODS[name])
+    fields = recipe(**{**QUICK, **METHODS[name]})
     run(None, **fields)
     expected = weights(fields["output"])
-    fields["output"] = str(tmp_path / "stopped")
-    real = Meters.on_step_end
-
-    def on_step_end(self: Meters, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        real(self, args, state, control, **kwargs)
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Meters, "on_step_end", on_step_end)
-    with pytest.raises(KeyboardInterrupt):
-        run(None, **fields)
-    monkeypatch.undo()
-    run(None, resume=True, **fields)
-    assert same(weights(fields["output"]), expected)
+    assert same(resumed(fields, tmp_path / "stopped", 5), expected)
 
 
 def test_a_signal_writes_a_checkpoint_and_resuming_goes_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,14 @@ import torch
 # The same examples in every run: what fails here fails everywhere.
 hypothesis.settings.register_profile("tunesmith", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("tunesmith")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections() -> None:
+    """What earlier modules left behind is not looked through again: a Trainer collects garbage at every start, which
+    takes seconds in a worker that has run thousands of tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

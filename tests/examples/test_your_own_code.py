@@ -43,9 +43,9 @@ PARTS = pytest.mark.parametrize(
 )
 STEPS = 6
 RATES, FURTHER = (1e-4, 1e-3, 1e-2, 1e-1), (1.0, 3.0)
-SHARP = {"greentrainer", "slimfit", "welore"}
-"""TRL's own loss kernel costs and rounds otherwise than a model's loss: a schedule that counts the FLOPs of a step or
-rounds what it keeps ends elsewhere with it, and so do the large steps of factors. They train on `sft` here."""
+SHARP = {"greentrainer", "slimfit", "welore", "lift"}
+"""TRL's own loss kernel costs and rounds otherwise than a model's loss: what counts the FLOPs of a step, rounds what it
+keeps or chooses entries by rank ends elsewhere with it, and so do the large steps of factors. They train on `sft`."""
 ROWS = [rows()[i] for i in (0, 1, 4)]
 """Prompts and answers of three lengths. A row that begins with its answer is another matter: a prompt before it gives
 its first token a prediction, which transformers' count of labels does not know of."""
@@ -121,7 +121,7 @@ def setting(slug: str, rate: float) -> Setting:
         return Setting(part, model, sgd(model, rate), schedule=schedule, objective=objective)
     model.model.layers[0].requires_grad_(False)
     if part.room == "optimizers":
-        return Setting(part, model, build(part, model, rate))
+        return Setting(part, model, build(part, model, rate), objective=SFT() if slug in SHARP else None)
     if "regulariser" in part.tags:
         return Setting(part, model, sgd(model, rate), objective=SFT(), regularisers=((part.target(), 1.0),))
     return Setting(part, model, sgd(model, rate), objective=part.target())

@@ -138,6 +138,7 @@ def whole_run(names: Namespace) -> None:
     assert names["report"].figure("loss").value < names["report"].figure("loss").before
     assert Path("run/report.html").is_file()
     assert isinstance(names["again"].model, PeftModel)
+    assert Path("federation/log/sums.safetensors").is_file()
 
 
 CHECKS: dict[str, Callable[[Namespace], None]] = {

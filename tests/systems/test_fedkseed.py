@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -727,9 +728,7 @@ def test_other_tasks(task: str, recipe: Make, model_folder: Any, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_simulation_by_flower_is_what_happens_here(recipe: Make) -> None:  # noqa: F811
-    pytest.importorskip("flwr")
-    pytest.importorskip("ray")
-    found = {}
+    found, handler = {}, signal.getsignal(signal.SIGTERM)
     for transport in ("here", "flower"):
         asked = recipe(transport)
         options = {"clients": 20, "share": 0.25, "rounds": 3, "steps": 4, "seeds": 16, "failures": 0.3, "workers": 2}
@@ -741,3 +740,4 @@ def test_a_simulation_by_flower_is_what_happens_here(recipe: Make) -> None:  # n
     assert same(found["here"][0], found["flower"][0])
     assert found["here"][1:] == found["flower"][1:]
     assert 0 < found["here"][2]["answers that did not come"] < 15
+    assert signal.getsignal(signal.SIGTERM) == handler, "Ray's own would end a later run without a checkpoint"

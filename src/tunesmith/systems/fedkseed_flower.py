@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
@@ -139,6 +141,11 @@ class Flower:
             "client_resources": {"num_cpus": 1, "num_gpus": gpus},
         }
         logging.getLogger("flwr").setLevel(logging.ERROR)  # a banner and a line per message, and its own deprecation
-        run_simulation(server, client_app(str(self.folder.resolve())), self.clients, backend_config=config)
+        held = signal.getsignal(signal.SIGTERM)  # Ray puts a handler of its own there, and leaves it
+        try:
+            run_simulation(server, client_app(str(self.folder.resolve())), self.clients, backend_config=config)
+        finally:
+            if held is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, held)
         if raised:
             raise raised[0]
